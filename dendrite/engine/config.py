@@ -1,0 +1,223 @@
+"""Frozen, validated settings: what a user may ask of a generation and of an engine.
+
+Both models are built with `of(...)`, which turns every refusal into one `RequestError` that names the field, the value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dendrite.engine.errors import RequestError
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+Integrity = Literal["off", "canary", "checksum"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keywords of every generating call; each is optional."""
+
+    max_tokens: int
+    """Most tokens to generate, 1 or more; 256."""
+    min_tokens: int
+    """Fewest tokens before the model may end the text; 0."""
+    temperature: float
+    """0 takes the most likely token; 1 samples the model's own distribution; 0.0."""
+    top_k: int
+    """Sample from the k most likely tokens only; 0 is off."""
+    top_p: float
+    """Sample from the smallest set of likely tokens that holds this much probability; 1.0 is off."""
+    min_p: float
+    """Drop tokens less likely than this fraction of the most likely one; 0.0 is off."""
+    repetition_penalty: float
+    """Divides the logits of tokens already in the prompt or output (Keskar et al., 2019); 1.0 is off."""
+    presence_penalty: float
+    """Subtracted from the logits of tokens already generated, -2 to 2; 0.0 is off."""
+    frequency_penalty: float
+    """Subtracted once for each time a token was generated, -2 to 2; 0.0 is off."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids; `-inf` forbids a token."""
+    stop: str | Sequence[str]
+    """Strings that end the generation; they are not part of its text."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end the generation, beside the model's own end-of-text tokens."""
+    ignore_eos: bool
+    """Go on past the model's end-of-text tokens."""
+    top_logprobs: int
+    """How many of the most likely tokens to report with their log-probabilities, at each step; 0."""
+    seed: int | None
+    """Draw from this seed instead of the branch's own randomness."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def _checked(cls, options: Mapping[str, object]) -> Self:
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise RequestError(cls._refusal(options, error)) from None
+
+    @classmethod
+    def _refusal(cls, options: Mapping[str, object], error: ValidationError) -> str:
+        first = error.errors(include_url=False)[0]
+        own_words = first.get("ctx", {}).get("error")
+        if not first["loc"]:
+            return str(own_words)
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, cls.model_fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(cls.model_fields)}"
+            return f"{name!r} is not {cls.kind}: {hint}"
+        allowed = own_words or cls.model_fields[name].description
+        return f"{name}={options[name]!r} cannot be used: {allowed}"
+
+
+class SamplingParams(_Settings):
+    """Validated `SamplingOptions`; equal options make equal params."""
+
+    kind: ClassVar[str] = "a sampling option"
+
+    max_tokens: int = Field(256, ge=1, description="give a whole number, 1 or more")
+    min_tokens: int = Field(0, ge=0, description="give a whole number, 0 or more")
+    temperature: float = Field(0.0, ge=0, description="give a finite number, 0 (greedy) or more")
+    top_k: int = Field(0, ge=0, description="give a whole number, 1 or more, or 0 to keep all tokens")
+    top_p: float = Field(1.0, gt=0, le=1, description="give a number above 0 and up to 1 (1 keeps all tokens)")
+    min_p: float = Field(0.0, ge=0, le=1, description="give a number from 0 (keeps all tokens) to 1")
+    repetition_penalty: float = Field(1.0, gt=0, description="give a finite number above 0 (1 is off)")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="give a number from -2 to 2 (0 is off)")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="give a number from -2 to 2 (0 is off)")
+    logit_bias: Mapping[Annotated[int, Field(ge=0)], Annotated[float, Field(allow_inf_nan=True)]] = Field(
+        default_factory=dict, description="give a mapping of token ids (0 or more) to finite numbers or -inf"
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="give a string or a sequence of strings, none of them empty"
+    )
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="give a sequence of token ids, 0 or more each"
+    )
+    ignore_eos: bool = Field(False, description="give True or False")
+    top_logprobs: int = Field(0, ge=0, description="give a whole number, 0 or more")
+    seed: int | None = Field(None, description="give a whole number, or None for the branch's own randomness")
+
+    @classmethod
+    def of(cls, **options: Unpack[SamplingOptions]) -> Self:
+        """Check `options` and freeze them.
+
+        Raises:
+            RequestError: an unknown option or a value out of range; names both and what is allowed.
+        """
+        return cls._checked(options)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_or_several(cls, value: object) -> object:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, Sequence) else value
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _token_ids_as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _no_infinite_favour(cls, value: Mapping[int, float]) -> Mapping[int, float]:
+        if any(math.isnan(bias) or bias == math.inf for bias in value.values()):
+            raise ValueError(str(cls.model_fields["logit_bias"].description))
+        return value
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} cannot be used: it is more than max_tokens={self.max_tokens}"
+            )
+        return self
+
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_LATER = "is not available yet; it comes in a later version"
+
+
+class EngineConfig(_Settings):
+    """How an engine is set up; frozen for its life."""
+
+    kind: ClassVar[str] = "an engine setting"
+
+    dtype: DtypeName = Field("auto", description='give "auto", "float32" or "bfloat16"')
+    device: Literal["auto", "cpu"] = Field("auto", description='give "auto" or "cpu"; other devices come later')
+    kv_memory: int | None = Field(None, ge=1, description='give bytes as a whole number, a string like "2GiB", or None')
+    block_size: int = Field(16, ge=1, le=256, description="give a whole number of tokens from 1 to 256")
+    seed: int = Field(0, description="give a whole number")
+    deterministic: bool = Field(False, description="give True or False")
+    integrity: Integrity = Field("off", description='give "off", "canary" or "checksum"')
+    prefill_chunk: int = Field(512, ge=1, description="give a whole number of tokens, 1 or more")
+    """Most prompt tokens computed in one step, so that a long prompt does not stall branches that decode."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        kv_memory: int | str | None = None,
+        block_size: int = 16,
+        seed: int = 0,
+        deterministic: bool = False,
+        integrity: str = "off",
+        prefill_chunk: int = 512,
+    ) -> Self:
+        """Check the settings and freeze them; `kv_memory` is in bytes or a string such as `"2GiB"` or `"500MB"`.
+
+        Raises:
+            RequestError: a value out of range, or one that this version does not offer yet.
+        """
+        return cls._checked(
+            {
+                "dtype": dtype,
+                "device": device,
+                "kv_memory": kv_memory,
+                "block_size": block_size,
+                "seed": seed,
+                "deterministic": deterministic,
+                "integrity": integrity,
+                "prefill_chunk": prefill_chunk,
+            }
+        )
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _bytes_of(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        match = _MEMORY.fullmatch(value.strip())
+        if match is None:
+            return value
+        number, unit = match[1], (match[2] or "").upper()
+        base = 1024 if unit.endswith("I") else 1000
+        return int(float(number) * base ** " KMGT".index(unit[:1] or " "))
+
+    @field_validator("deterministic")
+    @classmethod
+    def _determinism_later(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(f"deterministic mode {_LATER}, leave it False")
+        return value
+
+    @field_validator("integrity")
+    @classmethod
+    def _checks_later(cls, value: Integrity) -> Integrity:
+        if value != "off":
+            raise ValueError(f'this check {_LATER}, use "off"')
+        return value
