@@ -46,11 +46,11 @@ check: setup ## everything CI checks besides the tests
 	@echo "==> mypy: strict types"
 	@$(BIN)/mypy
 	@echo "==> import-linter: layers"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@echo "==> codespell: spelling"
 	@$(BIN)/codespell
 	@echo "==> mkdocs: the documentation builds without a warning"
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: setup ## serve the documentation on this machine
 	@$(BIN)/mkdocs serve
