@@ -1,6 +1,10 @@
 """What every test shares: those marked `gpu` are skipped, with the reason, where there is no CUDA device."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None, print_blob=True)  # a busy machine is not a failure
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
