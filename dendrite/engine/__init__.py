@@ -1,0 +1,1 @@
+"""The engine: tree, scheduler, runner, sampling. Import its rooms by name; the front door is `dendrite`."""

@@ -1,0 +1,145 @@
+"""The block pool: fixed runs of K/V slots, counted by reference, handed out side by side where it can.
+
+    block   0    1    2    3    4    5    6    7    8    9
+            ·    A    A    A    ░    ░    B    ░    ░    ░        · trash   ░ free
+                                ^ A grows into 4 and 5 (`after=3`), B into 7 …
+
+A node whose blocks lie side by side is one span of slots, which attention reads as a view. So a new run starts inside
+the longest free stretch and leaves a gap behind the block before it, for that block's owner to grow into.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from dendrite.engine.ids import TRASH_BLOCK, BlockId
+
+GROWTH_GAP = 8
+"""Blocks left free behind a neighbour when a new run starts: 128 tokens at the default block size."""
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` slots; block 0 is the trash block and never handed out.
+
+    The caller checks `num_free` first; asking for more than that is a bug in the caller, not a user's error.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_total = num_blocks - 1
+        self.num_free = self.num_total
+        self._ref_counts = [0] * num_blocks
+        self._fill = [0] * num_blocks
+        self._ref_counts[TRASH_BLOCK] = 1
+        self._run_lengths: dict[int, int] = {}  # first block of a free run -> its length
+        self._run_starts: dict[int, int] = {}  # block just past a free run -> its first block
+        self._longest: list[tuple[int, int]] = []  # heap of (-length, first); stale entries are dropped when met
+        if self.num_total:
+            self._add_run(1, self.num_total)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_total - self.num_free
+
+    def ref_count(self, block_id: BlockId) -> int:
+        return self._ref_counts[block_id]
+
+    def fill(self, block_id: BlockId) -> int:
+        """How many leading slots of the block have been given to a writer."""
+        return self._fill[block_id]
+
+    def set_fill(self, block_id: BlockId, num_slots: int) -> None:
+        self._fill[block_id] = num_slots
+
+    def allocate(self, num: int, *, after: BlockId | None = None) -> list[BlockId]:
+        """Takes `num` blocks, each with one reference and nothing filled; next to `after` if those are free."""
+        assert 0 <= num <= self.num_free, f"{num} blocks asked of {self.num_free}"
+        taken: list[BlockId] = []
+        first = None if after is None else after + 1
+        while len(taken) < num:
+            if first is None or first not in self._run_lengths:
+                first = self._start_of_new_run(num - len(taken))
+            length = min(self._run_lengths[first], num - len(taken))
+            self._take(first, length)
+            taken.extend(BlockId(block) for block in range(first, first + length))
+            first += length
+        for block in taken:
+            self._ref_counts[block] = 1
+            self._fill[block] = 0
+        self.num_free -= num
+        return taken
+
+    def share(self, block_id: BlockId) -> None:
+        assert self._ref_counts[block_id] > 0, f"block {block_id} is free and can't be shared"
+        self._ref_counts[block_id] += 1
+
+    def release(self, block_ids: Iterable[BlockId]) -> None:
+        """Drops one reference of each; a block without any is free at once."""
+        for block in block_ids:
+            assert self._ref_counts[block] > 0 and block != TRASH_BLOCK, f"block {block} was released twice"
+            self._ref_counts[block] -= 1
+            if not self._ref_counts[block]:
+                self.num_free += 1
+                self._give_back(block)
+
+    def check_integrity(self, expected: dict[BlockId, int]) -> None:
+        """Asserts that the reference counts are the `expected` ones and that free + used = total."""
+        for block in range(1, self.num_blocks):
+            want = expected.get(BlockId(block), 0)
+            assert self._ref_counts[block] == want, (
+                f"block {block}: {self._ref_counts[block]} references, {want} owners"
+            )
+            assert 0 <= self._fill[block] <= self.block_size, f"block {block}: fill {self._fill[block]}"
+        in_runs = sum(self._run_lengths.values())
+        assert in_runs == self.num_free, f"{in_runs} blocks in free runs, {self.num_free} counted free"
+        for first, length in self._run_lengths.items():
+            assert self._run_starts.get(first + length) == first, f"free run at {first} has a wrong end"
+            assert not any(self._ref_counts[first : first + length]), f"free run at {first} holds a used block"
+
+    def _start_of_new_run(self, num: int) -> int:
+        """A place in the longest free run, past a gap for the neighbour to grow where there is room to spare."""
+        while True:
+            length, first = -self._longest[0][0], self._longest[0][1]
+            if self._run_lengths.get(first) == length:
+                break
+            heapq.heappop(self._longest)
+        gap = min(GROWTH_GAP, (length - num) // 4) if first > 1 else 0
+        if gap <= 0:
+            return first
+        self._split(first, gap)
+        return first + gap
+
+    def _split(self, first: int, head: int) -> None:
+        length = self._drop_run(first)
+        self._add_run(first, head)
+        self._add_run(first + head, length - head)
+
+    def _take(self, first: int, num: int) -> None:
+        length = self._drop_run(first)
+        if length > num:
+            self._add_run(first + num, length - num)
+
+    def _give_back(self, block: int) -> None:
+        first, length = block, 1
+        if block + 1 in self._run_lengths:
+            length += self._drop_run(block + 1)
+        if block in self._run_starts:
+            first = self._run_starts[block]
+            length += self._drop_run(first)
+        self._add_run(first, length)
+
+    def _add_run(self, first: int, length: int) -> None:
+        self._run_lengths[first] = length
+        self._run_starts[first + length] = first
+        if len(self._longest) > 4 * len(self._run_lengths) + 64:
+            self._longest = [(-size, start) for start, size in self._run_lengths.items()]
+            heapq.heapify(self._longest)
+        else:
+            heapq.heappush(self._longest, (-length, first))
+
+    def _drop_run(self, first: int) -> int:
+        length = self._run_lengths.pop(first)
+        del self._run_starts[first + length]
+        return length

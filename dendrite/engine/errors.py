@@ -1,0 +1,87 @@
+"""Every error that Dendrite raises on purpose.
+
+    DendriteError
+    ├── ProgramError   (ValueError)    a search program that cannot be built
+    └── EngineError                    something that failed while running
+        ├── OutOfBlocks                the K/V pool is too small for this now; the one that is worth a retry
+        ├── BranchError      (ValueError)    a branch used wrongly: pruned, foreign, busy, `at` out of range
+        ├── RequestError     (ValueError)    an argument that cannot be run: empty prompt, negative temperature
+        ├── ConstraintError  (ValueError)    a grammar that cannot be compiled or met
+        ├── ModelError       (RuntimeError)  a model that cannot be found, loaded or run exactly
+        ├── ContextOverflow  (RuntimeError)  more tokens than the model's context holds
+        ├── SnapshotError    (RuntimeError)  a snapshot that cannot be written or read
+        ├── CallbackError    (RuntimeError)  a user's function in a search raised or returned nonsense
+        ├── EngineClosed     (RuntimeError)  the engine was closed
+        └── EngineDead       (RuntimeError)  the step loop died of an error of its own
+
+`ValueError` and `RuntimeError` are what common retry policies (LangGraph's among them) leave alone.
+"""
+
+from __future__ import annotations
+
+
+class DendriteError(Exception):
+    """The root of everything this package raises on purpose."""
+
+
+class ProgramError(DendriteError, ValueError):
+    """A search program that cannot be built; raised by `dd.compile` and the decorators."""
+
+
+class EngineError(DendriteError):
+    """Something that failed while an engine or a search was running."""
+
+
+class OutOfBlocks(EngineError):
+    """The K/V pool has too few free blocks. Nothing was changed; prune something and call again.
+
+    Attributes:
+        needed: blocks the call needs.
+        free: blocks it could have taken.
+        prunable: blocks that idle branches hold and `prune()` would give back.
+    """
+
+    def __init__(self, needed: int, free: int, prunable: int) -> None:
+        super().__init__(
+            f"{needed} blocks of K/V are needed, {free} are free and {prunable} are held by idle branches: "
+            "prune branches, ask for fewer tokens, or load the engine with a larger kv_memory"
+        )
+        self.needed = needed
+        self.free = free
+        self.prunable = prunable
+
+
+class BranchError(EngineError, ValueError):
+    """A branch used in a way its state forbids. Nothing was changed."""
+
+
+class RequestError(EngineError, ValueError):
+    """An argument that cannot be run, such as an empty prompt. Nothing was changed."""
+
+
+class ConstraintError(EngineError, ValueError):
+    """A grammar that cannot be compiled, or that left a branch without a legal token."""
+
+
+class ModelError(EngineError, RuntimeError):
+    """A model that cannot be found, loaded, or run exactly by this engine."""
+
+
+class ContextOverflow(EngineError, RuntimeError):
+    """More tokens than the model's context holds. Nothing was changed."""
+
+
+class SnapshotError(EngineError, RuntimeError):
+    """A snapshot that cannot be written or read."""
+
+
+class CallbackError(EngineError, RuntimeError):
+    """A user's function in a search raised, or returned something it may not."""
+
+
+class EngineClosed(EngineError, RuntimeError):
+    """The engine was closed before or while the call ran."""
+
+
+class EngineDead(EngineError, RuntimeError):
+    """The engine's step loop died of an error of its own; the cause is chained. Load a new engine."""

@@ -1,0 +1,122 @@
+"""One branch's generation: what came out, and the state it has while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from dendrite.engine.config import SamplingParams
+from dendrite.engine.requests import GenerateRequest
+from dendrite.engine.sampling_row import Sampled, SampleRow
+from dendrite.engine.text import TextStream, Tokenizer
+from dendrite.engine.tree import KVTree, Tip
+
+if TYPE_CHECKING:
+    from dendrite.engine.branch import Branch
+
+FinishReason = Literal["stop", "length", "eos", "cancelled"]
+TopLogprobs = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one branch generated in one call. `branch.text` ends with `text`."""
+
+    text: str
+    """Without the stop string or end-of-text token that ended it."""
+    token_ids: tuple[int, ...]
+    """The tokens the branch gained. After a stop inside a token, its remaining characters are encoded afresh."""
+    logprobs: tuple[float, ...]
+    """Log-probability (nats) of each sampled token that was kept, under the model's own distribution. Tokens encoded
+    afresh at a stop have none, so this may be shorter than `token_ids`."""
+    top_logprobs: tuple[TopLogprobs, ...]
+    """For each sampled token that was kept, the `top_logprobs` likeliest (token id, log-probability); else empty."""
+    finish_reason: FinishReason
+    """`stop`: a stop string or stop token; `eos`: the model ended the text; `length`: `max_tokens` or the context's
+    end; `cancelled`: the branch was pruned, or its stream closed, meanwhile."""
+    branch: Branch = field(repr=False)
+
+
+class GenerationRequest(GenerateRequest):
+    """A generation on its way: owns the branch's tip until it ends, and rolls it back if it fails."""
+
+    def __init__(
+        self,
+        branch: Branch,
+        tip: Tip,
+        params: SamplingParams,
+        *,
+        tree: KVTree,
+        tokenizer: Tokenizer,
+        key: int,
+        num_tokens: int,
+        sink: Callable[[str | None], None] | None = None,
+    ) -> None:
+        super().__init__(tip, num_tokens)
+        self.branch = branch
+        self.generation: Generation | None = None
+        self._tree = tree
+        self._tokenizer = tokenizer
+        self._start = tip.length
+        self._sink = sink
+        self._ends = frozenset() if params.ignore_eos else tokenizer.eos_token_ids
+        self._stops = frozenset(params.stop_token_ids)
+        self._sampled: list[Sampled] = []
+        context = tree.token_ids(tip)
+        self._stream = TextStream(tokenizer, context, params.stop)
+        self.row = SampleRow.start(
+            params, key=key, position=tip.length, prompt_ids=context, eos_token_ids=tokenizer.eos_token_ids
+        )
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        """Takes the next token onto the branch; returns why the generation ends with it, if it does."""
+        token = sampled.token_id
+        if token in self._stops:
+            return "stop"
+        if token in self._ends:
+            return "eos"
+        self._tree.extend(self.tip, [token])
+        self._sampled.append(sampled)
+        self.row.advance(token)
+        self.num_left -= 1
+        if self._stream.push(token):
+            self._cut_at_stop()
+            return "stop"
+        return None if self.num_left else "length"
+
+    def finish(self, reason: FinishReason) -> None:
+        """Freezes what was generated into `generation`."""
+        self._stream.finish()
+        sampled = self._sampled
+        self.generation = Generation(
+            text=self._stream.text,
+            token_ids=tuple(self._tree.token_ids(self.tip, start=self._start)),
+            logprobs=tuple(token.logprob for token in sampled),
+            top_logprobs=tuple(token.top for token in sampled) if self.row.params.top_logprobs else (),
+            finish_reason=reason,
+            branch=self.branch,
+        )
+        self.branch.record_logprobs(self.generation.logprobs)
+
+    def roll_back(self) -> None:
+        """Leaves the branch as it was before the call."""
+        self._tree.truncate(self.tip, self._start)
+
+    def show_new_text(self) -> None:
+        """Hands text that became safe to show to whoever watches."""
+        if self._sink is not None and (text := self._stream.take()):
+            self._sink(text)
+
+    def close_sink(self) -> None:
+        """Tells whoever watches that no more text comes."""
+        if self._sink is not None:
+            self._sink(None)
+            self._sink = None
+
+    def _cut_at_stop(self) -> None:
+        num_kept, rest = self._stream.keep()
+        self._tree.truncate(self.tip, self._start + num_kept)
+        del self._sampled[num_kept:]
+        if rest:
+            self._tree.extend(self.tip, self._tokenizer.encode(rest))

@@ -1,0 +1,209 @@
+"""The step loop: one thread that turns requests into steps. The only place where the tree meets the runner.
+
+    caller's thread                         the loop's thread
+    submit(group) ── lock ──► queue ──────► lock: schedule    what the next step computes, blocks taken
+    waits on group.future                         run         forward pass, without the lock
+                                                  sample      hidden rows → tokens and log-probabilities
+                    ◄── future.set_result ─ lock: commit      tokens onto branches, ended requests out
+
+Everything that reads or changes the tree holds `lock`; the forward pass and the sampling do not, so forks go on
+meanwhile. A request that ends while its step is in flight is `is_done`, and its row is discarded at commit.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError
+from dendrite.engine.generation import GenerationRequest
+from dendrite.engine.gil import stepping
+from dendrite.engine.head import Head, Result
+from dendrite.engine.requests import Group, Request, ScoreRequest
+from dendrite.engine.runner import Runner
+from dendrite.engine.sampling_row import Sampled
+from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.stats import Counters
+from dendrite.engine.tree import KVTree, Tip
+
+
+class StepLoop:
+    """Runs whatever was submitted until it is stopped. `lock` guards `tree`, `scheduler` and `counters`."""
+
+    def __init__(self, runner: Runner, tree: KVTree, scheduler: Scheduler) -> None:
+        self.lock = threading.RLock()
+        self.tree = tree
+        self.scheduler = scheduler
+        self.counters = Counters()
+        self._runner = runner
+        self._head = Head(runner)
+        self._wake = threading.Condition(self.lock)
+        self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
+        self._end: EngineError | None = None
+        self._thread = threading.Thread(target=self._main, name="dendrite-step-loop", daemon=True)
+        self._thread.start()
+
+    # --- for callers -------------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> Group:
+        """Queues one call's requests; `group.future` resolves when all have ended.
+
+        Raises:
+            OutOfBlocks, EngineClosed, EngineDead: nothing was changed.
+        """
+        group = Group(requests)
+        with self._wake:
+            self.check_open()
+            self.release_collected()
+            self.scheduler.submit(group)
+            self._wake.notify()
+        return group
+
+    def cancel(self, group: Group, *, keep: bool = False) -> None:
+        """Ends a call before its time; its branches roll back, or keep what they have."""
+        with self.lock:
+            self._end_group(group, None, keep=keep)
+
+    def cancel_branch(self, tip: Tip) -> None:
+        """Ends the generation that owns the tip, with what it has so far as its result; the lock is held."""
+        for group in self.scheduler.open_groups():
+            for request in list(group.requests):
+                if isinstance(request, GenerationRequest) and request.tip is tip and not request.is_done:
+                    request.finish("cancelled")
+                    self._settle(request)
+
+    def forget(self, tip: Tip) -> None:
+        """A branch was collected; may run inside the garbage collector, so it only takes a note."""
+        self._collected.append(tip)
+
+    def release_collected(self) -> None:
+        """Gives back what collected branches held; the lock is held."""
+        while self._collected:
+            tip = self._collected.popleft()
+            if tip.status != "pruned":
+                tip.status = "pruned"
+                self.tree.prune(tip)
+
+    def check_open(self) -> None:
+        """Raises why the loop ended, if it did."""
+        if isinstance(self._end, EngineDead):
+            raise EngineDead(*self._end.args) from self._end.__cause__
+        if self._end is not None:
+            raise EngineClosed(*self._end.args)
+
+    def stop(self) -> None:
+        """Ends the thread; whatever is open fails with `EngineClosed`. Idempotent."""
+        with self._wake:
+            if self._end is None:
+                self._end = EngineClosed("the engine was closed: load another one with Engine.load")
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # --- the loop's thread -------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while self._wait_for_work():
+                with stepping(), torch.inference_mode():
+                    while self._end is None and self.scheduler.has_work:
+                        self._step()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
+            with self.lock:
+                self._end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
+                self._end.__cause__ = error
+        with self.lock:
+            for group in self.scheduler.open_groups():
+                self._end_group(group, self._end)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while self._end is None and not self.scheduler.has_work:
+                self._wake.wait()
+            return self._end is None
+
+    def _step(self) -> None:
+        """schedule → run → sample → commit."""
+        began = time.perf_counter()
+        with self.lock:
+            self.release_collected()
+            step = self.scheduler.schedule()
+            self._fail(step)
+        hidden = self._runner.run(step.batch) if step.batch is not None else None
+        results = self._head.read(step.reads, hidden)
+        with self.lock:
+            self.scheduler.commit(step, hidden)
+            self._commit(step, results)
+            self.counters.count_step(step, seconds=time.perf_counter() - began, blocks=self.tree.pool.num_used)
+
+    def _fail(self, step: Step) -> None:
+        for request, error in step.failed:
+            assert request.group is not None
+            self._end_group(request.group, error)
+
+    def _commit(self, step: Step, results: Sequence[Result]) -> None:
+        """Tokens onto branches, values into scores; what has ended leaves and wakes its caller."""
+        scores: dict[int, ScoreRequest] = {}
+        for read, result in zip(step.reads, results, strict=True):
+            request = read.request
+            if request.is_done:
+                continue
+            if isinstance(result, DendriteError):
+                assert request.group is not None
+                self._end_group(request.group, result)
+            elif isinstance(request, GenerationRequest) and isinstance(result, Sampled):
+                self._accept(request, result)
+            elif isinstance(request, ScoreRequest) and isinstance(result, float):
+                request.logprobs[read.candidate][read.index] = result
+                scores[id(request)] = request
+        for score in scores.values():
+            if score.is_complete and not score.is_done:
+                self.counters.count_score(score)
+                self._settle(score)
+
+    def _accept(self, request: GenerationRequest, sampled: Sampled) -> None:
+        reason = request.accept(sampled)
+        self.counters.num_sampled += 1
+        if reason is not None:
+            request.finish(reason)
+        request.show_new_text()
+        if reason is not None:
+            self.counters.num_logical += request.tip.length
+            self._settle(request)
+
+    # --- endings -----------------------------------------------------------------------------------------------
+
+    def _settle(self, request: Request) -> None:
+        """One request has ended as it should; the last of its group wakes the caller."""
+        group = request.group
+        assert group is not None
+        self.scheduler.remove(request)
+        if isinstance(request, GenerationRequest):
+            request.close_sink()
+        if not group.num_open and not group.future.done():
+            group.future.set_result(None)
+
+    def _end_group(self, group: Group, error: EngineError | None, *, keep: bool = False) -> None:
+        """Ends what is left of a call: with an error, or cancelled. Unless kept, every branch of it rolls back."""
+        if group.future.done() and not group.num_open:
+            return
+        for request in list(group.requests):
+            if keep and not request.is_done and isinstance(request, GenerationRequest):
+                request.finish("cancelled")
+            self.scheduler.remove(request)
+            if isinstance(request, GenerationRequest):
+                if not keep and request.tip.status == "idle":
+                    request.roll_back()
+                request.close_sink()
+        if group.future.done():
+            return
+        if error is not None:
+            group.future.set_exception(error)
+        elif keep:
+            group.future.set_result(None)
+        else:
+            group.future.cancel()

@@ -1,0 +1,171 @@
+"""From runs of tokens to one step's index lists: rows in depth-first order, segments cut where paths part.
+
+Below a node, entries are ordered by the offset they are attached at, so the rows that read any stretch of the node's
+keys are one range:
+
+    node   k k k k k k k k k | q        rows below it, by offset:   a (at 3)   b (at 6)   its own run (at 9)
+           0     3     6     9
+    segment [0, 3)  ← rows of a, b, run
+    segment [3, 6)  ← rows of    b, run
+    segment [6, 9)  ← rows of       run          then the run's own keys, causally
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dendrite.engine.batch import Plan, Segment
+from dendrite.engine.ids import NodeId
+from dendrite.engine.tree import KVNode, KVTree
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens `[start, end)` of one node, computed in one step.
+
+    A run with `is_kept` unset recomputes one token that has its K/V already, for its hidden row: it is a query only.
+    """
+
+    node: KVNode
+    start: int
+    end: int
+    is_kept: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(slots=True)
+class _Open:
+    """A segment under construction."""
+
+    spans: list[tuple[int, int]]
+    num_keys: int
+    row_start: int
+    row_end: int
+    causal_rows: int = 0
+
+
+class _Visit:
+    """A node on some run's path: what hangs below it in this step."""
+
+    __slots__ = ("above", "entries", "node", "num_rows", "row_start")
+
+    def __init__(self, node: KVNode) -> None:
+        self.node = node
+        self.entries: list[tuple[float, int, _Visit | None, Run | None]] = []
+        self.above: _Open | None = None  # the parent's segment that exactly this node's rows read
+        self.num_rows = 0
+        self.row_start = 0
+
+
+def plan_runs(tree: KVTree, runs: Sequence[Run]) -> tuple[list[Run], Plan]:
+    """The runs in row order, and what their rows read. All K/V slots are placed already.
+
+    A node has at most one kept run, and a run below a node that has one is attached at that run's start or before, or
+    at its end: the scheduler sees to it.
+    """
+    roots, order = _collect_visits(runs)
+    for visit in reversed(order):
+        visit.entries.sort(key=lambda entry: entry[:2])
+        visit.num_rows = sum(_rows_of(entry) for entry in visit.entries)
+    row = 0
+    for root in roots:
+        root.row_start = row
+        row += root.num_rows
+    segments: list[_Open] = []
+    ordered: list[tuple[int, Run]] = []
+    for visit in order:
+        _cut_node(tree, visit, segments, ordered)
+    ordered.sort(key=lambda pair: pair[0])
+    done = tuple(
+        Segment(tuple(seg.spans), seg.num_keys, seg.row_start, seg.row_end, seg.causal_rows) for seg in segments
+    )
+    return [run for _, run in ordered], Plan(row, done)
+
+
+def _rows_of(entry: tuple[float, int, _Visit | None, Run | None]) -> int:
+    _, _, visit, run = entry
+    if visit is not None:
+        return visit.num_rows
+    assert run is not None
+    return run.num_rows
+
+
+def _collect_visits(runs: Sequence[Run]) -> tuple[list[_Visit], list[_Visit]]:
+    """Every node on a run's path, once; the roots, and all of them with parents before children."""
+    visits: dict[NodeId, _Visit] = {}
+    roots: list[_Visit] = []
+    for index, run in enumerate(runs):
+        node: KVNode = run.node
+        child: _Visit | None = None
+        while True:
+            visit = visits.get(node.node_id)
+            is_new = visit is None
+            if visit is None:
+                visit = visits[node.node_id] = _Visit(node)
+            if child is None:
+                # half a step behind the children attached at its start, before those at its end
+                place = run.start + 0.5 if run.is_kept else float(run.end)
+                visit.entries.append((place, index, None, run))
+            else:
+                visit.entries.append((float(child.node.offset), index, child, None))
+            if not is_new:
+                break
+            child, parent = visit, node.parent
+            if parent is None:
+                roots.append(visit)
+                break
+            node = parent
+    order: list[_Visit] = []
+    stack = list(reversed(roots))
+    while stack:
+        visit = stack.pop()
+        order.append(visit)
+        stack.extend(below for _, _, below, _ in visit.entries if below is not None)
+    return roots, order
+
+
+def _cut_node(tree: KVTree, visit: _Visit, segments: list[_Open], ordered: list[tuple[int, Run]]) -> None:
+    """Emits the segments of one node; gives the nodes below and the node's own runs their first row."""
+    row, row_end = visit.row_start, visit.row_start + visit.num_rows
+    done = 0
+    current = visit.above
+    for place, _, below, run in visit.entries:
+        is_single = run is not None and run.is_kept and run.num_rows == 1
+        upto = int(place) + is_single  # one new token sees every key up to its own: no causal part
+        if upto > done:
+            spans = tree.spans(visit.node, done, upto)
+            current = _extend(segments, current, spans, upto - done, (row, row_end))
+            done = upto
+        if below is not None:
+            below.row_start = row
+            row_past = row + below.num_rows
+            if current is not None and (current.row_start, current.row_end) == (row, row_past):
+                below.above = current
+            row = row_past
+        elif run is not None:
+            ordered.append((row, run))
+            if run.is_kept and not is_single:
+                spans = tree.spans(visit.node, run.start, run.end)
+                segments.append(_Open(spans, run.num_rows, row, row_end, run.num_rows))
+                done, current = run.end, None
+            row += run.num_rows
+
+
+def _extend(
+    segments: list[_Open], current: _Open | None, spans: list[tuple[int, int]], num_keys: int, rows: tuple[int, int]
+) -> _Open:
+    """Lengthens the current segment when the same rows read on; else opens one."""
+    if current is None or (current.row_start, current.row_end) != rows:
+        current = _Open([], 0, *rows)
+        segments.append(current)
+    for span in spans:
+        if current.spans and current.spans[-1][1] == span[0]:
+            current.spans[-1] = (current.spans[-1][0], span[1])
+        else:
+            current.spans.append(span)
+    current.num_keys += num_keys
+    return current

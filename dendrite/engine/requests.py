@@ -1,0 +1,84 @@
+"""What is asked of the step loop: a `Request` a branch, a `Group` a call. Without torch: the scheduler reads these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from dendrite.engine.tree import KVTree, Tip
+
+Demand = list[tuple[Tip, int, bool]]
+
+
+class Request:
+    """Work on one branch. `tip` is where it starts; a generation moves it, a score leaves it as it is."""
+
+    def __init__(self, tip: Tip) -> None:
+        self.tip = tip
+        self.group: Group | None = None
+        self.is_done = False
+
+    def demand(self) -> Demand:
+        """The slots it may still take, as `KVTree.demand` reads them."""
+        raise NotImplementedError
+
+
+class GenerateRequest(Request):
+    """Decode up to `num_left` tokens onto the tip."""
+
+    def __init__(self, tip: Tip, num_left: int) -> None:
+        super().__init__(tip)
+        self.num_left = num_left
+
+    def demand(self) -> Demand:
+        return [(self.tip, max(0, self.num_left - 1), False)]  # the last token needs no slot to be returned
+
+
+class ScoreRequest(Request):
+    """The log-probability of each token of each candidate, read off temporary siblings in one pass.
+
+    tip ──┬── " ye" ── "s"        a sibling holds all but its candidate's last token:
+          └── " no"               the last one is only predicted, never read
+    """
+
+    def __init__(self, tip: Tip, candidates: Sequence[Sequence[int]]) -> None:
+        super().__init__(tip)
+        self.candidates = [list(candidate) for candidate in candidates]
+        self.siblings: list[tuple[int, Tip]] = []  # (candidate, tip); only for candidates of two tokens or more
+        self.has_base = False  # whether the first token of every candidate has been read
+        self.logprobs = [[0.0] * len(candidate) for candidate in self.candidates]
+
+    def demand(self) -> Demand:
+        path: Demand = [(self.tip, 0, False)]
+        return path + [(self.tip, len(candidate) - 1, True) for candidate in self.candidates if len(candidate) > 1]
+
+    def open_siblings(self, tree: KVTree) -> None:
+        for index, candidate in enumerate(self.candidates):
+            if len(candidate) > 1:
+                sibling = tree.fork(self.tip)
+                tree.extend(sibling, candidate[:-1])
+                self.siblings.append((index, sibling))
+
+    def close_siblings(self, tree: KVTree) -> None:
+        for _, sibling in self.siblings:
+            tree.prune(sibling)
+        self.siblings.clear()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.has_base and all(tip.node.num_computed >= tip.offset for _, tip in self.siblings)
+
+
+class Group:
+    """The requests of one call. They are admitted together; one failure ends them all."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = list(requests)
+        self.future: Future[None] = Future()
+        self.num_open = len(self.requests)
+        self.is_admitted = False
+        for request in self.requests:
+            request.group = self
+
+    def demand(self) -> Demand:
+        return [entry for request in self.requests for entry in request.demand()]

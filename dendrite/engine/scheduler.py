@@ -1,0 +1,315 @@
+"""Which tokens the next step computes: admission by worst case, decoding branches first, prefill in chunks.
+
+    submitted groups ──► queue ──► running ──► one `Step`: runs of tokens (rows), and who reads which hidden row
+
+Admission is the only truth about memory: a group enters when the blocks it may take at worst, together with those of
+all that runs, are free. So whatever runs can finish, and what can never fit is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dendrite.engine.batch import Batch
+from dendrite.engine.errors import OutOfBlocks
+from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
+from dendrite.engine.plan import Run, plan_runs
+from dendrite.engine.requests import GenerateRequest, Group, Request, ScoreRequest
+from dendrite.engine.states import next_status
+from dendrite.engine.tree import KVNode, KVTree, Tip
+
+MAX_DECODE_ROWS = 256
+"""Branches that decode in one step; more take turns."""
+DECODE_SHARE = 4
+"""While branches decode, prefill gets this fraction of a chunk a step, so that they are not stalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One hidden row that a request waits for; it predicts candidate token `index` of `candidate` when scoring."""
+
+    request: Request
+    source: int | tuple[object, int]
+    """A position in the step's outputs, or a row kept from an earlier step: (hidden rows, index)."""
+    candidate: int = 0
+    index: int = 0
+
+
+@dataclass(slots=True)
+class Step:
+    """One heartbeat's work. `batch` is None when everything is read from kept rows."""
+
+    batch: Batch | None
+    runs: list[tuple[Run, int, int | None]]
+    """(run, the node's epoch, position of its last row in the outputs if it is one of them)"""
+    reads: list[Read]
+    failed: list[tuple[Request, OutOfBlocks]] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch.plan.num_rows if self.batch is not None else 0
+
+
+class Scheduler:
+    """Owns the queue and what runs; reads and places, but never computes. The engine's lock guards it."""
+
+    def __init__(self, tree: KVTree, *, prefill_chunk: int) -> None:
+        self._tree = tree
+        self._prefill_chunk = prefill_chunk
+        self._queue: deque[Group] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._queue)
+
+    def submit(self, group: Group) -> None:
+        """Queues the group.
+
+        Raises:
+            OutOfBlocks: it could never run, or nothing else runs whose end could make room; nothing was changed.
+        """
+        needed = self._tree.demand(group.demand())
+        pool = self._tree.pool
+        if needed > pool.num_total or (needed > pool.num_free and not self.has_work):
+            raise self._refusal(needed, group)
+        for request in group.requests:
+            if isinstance(request, GenerateRequest):
+                request.tip.status = next_status(request.tip.status, "submit")
+        self._queue.append(group)
+
+    def open_groups(self) -> list[Group]:
+        """Everything queued or running, once each."""
+        groups = {id(request.group): request.group for request in self.running if request.group is not None}
+        return [*groups.values(), *self._queue]
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is: it ended, failed or was cancelled."""
+        if request.is_done:
+            return
+        request.is_done = True
+        group = request.group
+        assert group is not None
+        group.num_open -= 1
+        if isinstance(request, ScoreRequest):
+            request.close_siblings(self._tree)
+        elif request.tip.status != "pruned":
+            request.tip.status = next_status(request.tip.status, "finish")
+        if group.is_admitted:
+            self.running.remove(request)
+        else:
+            group.requests.remove(request)
+            if not group.requests:
+                self._queue.remove(group)
+
+    def schedule(self) -> Step | None:
+        """The next step, with all its slots placed; None when nothing can be done.
+
+        A request that finds no block for a token (another branch took the shared tail it had counted on) is in
+        `failed`; the step is still good for the others.
+        """
+        failed = self._admit()
+        builder = _StepBuilder(self._tree)
+        decoding = [request for request in self.running if _is_decoding(request)]
+        for request in decoding[:MAX_DECODE_ROWS]:
+            builder.add_request(request, budget=1)
+        if len(decoding) > MAX_DECODE_ROWS:  # take turns
+            late = set(map(id, decoding[:MAX_DECODE_ROWS]))
+            self.running.sort(key=lambda request: id(request) in late)
+        budget = max(1, self._prefill_chunk // DECODE_SHARE) if decoding else self._prefill_chunk
+        for request in self.running:
+            if budget <= 0:
+                break
+            if not _is_decoding(request):
+                budget -= builder.add_request(request, budget=budget)
+        step = builder.build()
+        if step is None and not failed:
+            return None
+        step = step or Step(None, [], [])
+        step.failed = failed + step.failed
+        return step
+
+    def commit(self, step: Step, hidden: object) -> None:
+        """Marks what the step computed, unless it was rolled back meanwhile, and keeps each run's last hidden row."""
+        for run, epoch, output in step.runs:
+            node = run.node
+            if node.epoch != epoch:
+                continue
+            if run.is_kept:
+                node.num_computed = run.end
+            if output is not None and (run.is_kept or node.hidden is None):
+                node.hidden = (run.end, (hidden, output))
+
+    def _admit(self) -> list[tuple[Request, OutOfBlocks]]:
+        failed: list[tuple[Request, OutOfBlocks]] = []
+        while self._queue:
+            group = self._queue[0]
+            entries = [entry for request in self.running for entry in request.demand()]
+            needed = self._tree.demand(entries + group.demand())
+            if needed > self._tree.pool.num_free:
+                if self.running:
+                    break
+                failed.extend((request, self._refusal(needed, group)) for request in group.requests)
+            self._queue.popleft()
+            group.is_admitted = True
+            for request in group.requests:
+                self._start(request)
+        return failed
+
+    def _start(self, request: Request) -> None:
+        self.running.append(request)
+        if isinstance(request, ScoreRequest):
+            request.open_siblings(self._tree)
+        else:
+            request.tip.status = next_status(request.tip.status, "admit")
+
+    def _refusal(self, needed: int, group: Group) -> OutOfBlocks:
+        busy = [request.tip for request in (*self.running, *group.requests)]
+        return OutOfBlocks(needed, self._tree.pool.num_free, self._tree.prunable(busy))
+
+
+def _is_decoding(request: Request) -> bool:
+    """Whether at most one token lacks its K/V before the request can be served."""
+    if not isinstance(request, GenerateRequest):
+        return False
+    node = request.tip.node
+    parent_is_done = node.parent is None or node.parent.num_computed >= node.offset
+    return parent_is_done and request.tip.offset - node.num_computed <= 1
+
+
+class _StepBuilder:
+    """Collects runs that can share one forward pass.
+
+    Two rules keep `plan_runs` simple and copies right. A node has one kept run, which ends where everybody who needs
+    it in this step needs it. A node whose block must be copied waits a step if its parent's run is in this one, since
+    copies are made before the pass.
+    """
+
+    def __init__(self, tree: KVTree) -> None:
+        self._tree = tree
+        self._runs: dict[NodeId, Run] = {}
+        self._queries: dict[tuple[NodeId, int], Run] = {}
+        self._copies: list[tuple[BlockId, BlockId]] = []
+        self._all_rows: set[NodeId] = set()
+        self._last_row: set[int] = set()  # id() of runs whose last row is an output
+        self._waiting: list[tuple[Request, Run | tuple[object, int], int, int, int]] = []
+        self._failed: list[tuple[Request, OutOfBlocks]] = []
+        self._num_rows = 0
+
+    def add_request(self, request: Request, *, budget: int) -> int:
+        """Adds what fits of the request; returns how many rows that took."""
+        rows = self._num_rows
+        try:
+            if isinstance(request, ScoreRequest):
+                self._add_score(request, budget)
+            else:
+                self._add_last(request, budget)
+        except OutOfBlocks as error:
+            self._failed.append((request, error))
+        return self._num_rows - rows
+
+    def build(self) -> Step | None:
+        runs = [*self._runs.values(), *self._queries.values()]
+        if not runs:
+            if not self._waiting and not self._failed:
+                return None
+            return Step(None, [], list(self._reads({})), self._failed)
+        ordered, plan = plan_runs(self._tree, runs)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        output_rows: list[int] = []
+        first_output: dict[int, int] = {}
+        for run in ordered:
+            row = len(token_ids)
+            first_output[id(run)] = len(output_rows)
+            output_rows.extend(self._outputs_of(run, row))
+            token_ids.extend(run.node.token_ids[run.start : run.end])
+            positions.extend(range(run.node.start + run.start, run.node.start + run.end))
+            slots.extend(self._tree.slots(run.node, run.start, run.end) if run.is_kept else [TRASH_BLOCK])
+        batch = Batch(token_ids, positions, slots, plan, self._copies, output_rows)
+        steps = [(run, run.node.epoch, self._last_output(run, first_output)) for run in ordered]
+        return Step(batch, steps, list(self._reads(first_output)), self._failed)
+
+    def _add_last(self, request: Request, budget: int) -> bool:
+        """Wants the hidden row at the tip; returns whether this step yields it."""
+        source = self._row_at(request.tip, budget)
+        if source is None:
+            return False
+        if isinstance(request, ScoreRequest):
+            request.has_base = True
+            for candidate in range(len(request.candidates)):
+                self._waiting.append((request, source, 0, candidate, 0))
+        else:
+            self._waiting.append((request, source, 0, 0, 0))
+        return True
+
+    def _add_score(self, request: ScoreRequest, budget: int) -> None:
+        before = self._num_rows
+        if not request.has_base and not self._add_last(request, budget):
+            return
+        for candidate, tip in request.siblings:
+            left = budget - (self._num_rows - before)
+            run = self._extend_run(tip.node, tip.offset, left) if tip.node.num_computed < tip.offset else None
+            if run is not None:
+                self._all_rows.add(tip.node.node_id)
+                for index in range(run.num_rows):
+                    self._waiting.append((request, run, index, candidate, run.start + index + 1))
+
+    def _row_at(self, tip: Tip, budget: int) -> Run | tuple[object, int] | None:
+        """Where the hidden row after the tip's last token comes from; None if not from this step."""
+        pending = self._tree.pending(tip)
+        node, offset = tip.node, tip.offset
+        if not pending:
+            if node.hidden is not None and node.hidden[0] == offset:
+                return node.hidden[1]
+            return self._query(node, offset)
+        run: Run | None = None
+        for node, upto in pending:
+            run = self._extend_run(node, upto, budget)
+            if run is None or run.end != upto:
+                return None
+            budget -= run.num_rows
+        assert run is not None
+        self._last_row.add(id(run))
+        return run
+
+    def _query(self, node: KVNode, offset: int) -> Run:
+        """The row that computes the token before `offset` again, for its hidden row alone."""
+        query = self._queries.get((node.node_id, offset))
+        if query is None:
+            query = self._queries[node.node_id, offset] = Run(node, offset - 1, offset, is_kept=False)
+            self._last_row.add(id(query))
+            self._num_rows += 1
+        return query
+
+    def _extend_run(self, node: KVNode, upto: int, budget: int) -> Run | None:
+        """The node's run up to `upto`, or as far as the budget goes; None if it can't be in this step."""
+        known = self._runs.get(node.node_id)
+        if known is not None:
+            return known if known.end == upto else None
+        parent_runs = node.parent is not None and node.parent.node_id in self._runs
+        if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):
+            return None
+        run = Run(node, node.num_computed, min(upto, node.num_computed + budget))
+        self._copies += self._tree.place(node, run.end)
+        self._runs[node.node_id] = run
+        self._num_rows += run.num_rows
+        return run
+
+    def _outputs_of(self, run: Run, row: int) -> Sequence[int]:
+        if run.is_kept and run.node.node_id in self._all_rows:
+            return range(row, row + run.num_rows)
+        return [row + run.num_rows - 1] if id(run) in self._last_row else []
+
+    def _last_output(self, run: Run, first_output: dict[int, int]) -> int | None:
+        if run.is_kept and run.node.node_id in self._all_rows:
+            return first_output[id(run)] + run.num_rows - 1
+        return first_output[id(run)] if id(run) in self._last_row else None
+
+    def _reads(self, first_output: dict[int, int]) -> Iterator[Read]:
+        for request, source, row, candidate, index in self._waiting:
+            place = first_output[id(source)] + row if isinstance(source, Run) else source
+            yield Read(request, place, candidate, index)

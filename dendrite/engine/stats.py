@@ -1,0 +1,103 @@
+"""What the engine counts, and the picture of itself that `Engine.stats` gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dendrite.engine.requests import ScoreRequest
+from dendrite.engine.scheduler import Step
+from dendrite.engine.tree import KVTree
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since the engine was loaded; the engine's lock guards them."""
+
+    num_steps: int = 0
+    num_computed: int = 0
+    num_sampled: int = 0
+    num_logical: int = 0
+    num_shared: int = 0
+    num_forks: int = 0
+    peak_blocks: int = 0
+    busy_seconds: float = 0.0
+
+    def count_step(self, step: Step, *, seconds: float, blocks: int) -> None:
+        self.num_steps += 1
+        self.num_computed += step.num_rows
+        self.busy_seconds += seconds
+        self.peak_blocks = max(self.peak_blocks, blocks)
+
+    def count_score(self, score: ScoreRequest) -> None:
+        self.num_logical += sum(score.tip.length + len(candidate) - 1 for candidate in score.candidates)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """One moment of an engine. Tokens and blocks are counts; totals run since the engine was loaded."""
+
+    blocks_total: int
+    blocks_used: int
+    blocks_free: int
+    blocks_peak: int
+    """The most blocks in use after any step."""
+    block_bytes: int
+    """Bytes of K/V in one block, over all layers."""
+    branches: int
+    """Live branches."""
+    nodes: int
+    """Runs of tokens they are stored in."""
+    logical_tokens: int
+    """Sum of the lengths of all live paths: what they would take without sharing."""
+    physical_tokens: int
+    """Tokens that have K/V slots, each counted once."""
+    depth_histogram: dict[int, int]
+    """Fork depth of the live branches -> how many."""
+    ref_counts: dict[int, int]
+    """References to a node (branches and nodes attached to it) -> how many nodes."""
+    copy_on_writes: int
+    """Blocks copied because two branches went on from the middle of one."""
+    forks: int
+    steps: int
+    tokens_computed: int
+    """Rows that went through the model."""
+    tokens_logical: int
+    """Rows that as many separate requests, each with its whole prompt, would have put through it."""
+    tokens_sampled: int
+    tokens_shared: int
+    """Prompt tokens of roots that were live already and so were not computed again."""
+    busy_seconds: float
+    """Time spent in steps."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens per second of busy time; 0 before the first step."""
+        return self.tokens_sampled / self.busy_seconds if self.busy_seconds else 0.0
+
+
+def take_stats(tree: KVTree, counters: Counters, depths: Iterable[int], block_bytes: int) -> Stats:
+    """The picture of this moment; the engine's lock is held."""
+    pool = tree.pool
+    return Stats(
+        blocks_total=pool.num_total,
+        blocks_used=pool.num_used,
+        blocks_free=pool.num_free,
+        blocks_peak=counters.peak_blocks,
+        block_bytes=block_bytes,
+        branches=len(tree.tips),
+        nodes=len(tree.nodes),
+        logical_tokens=sum(tip.length for tip in tree.tips),
+        physical_tokens=sum(node.num_placed for node in tree.nodes.values()),
+        depth_histogram=dict(sorted(Counter(depths).items())),
+        ref_counts=dict(sorted(Counter(node.ref_count for node in tree.nodes.values()).items())),
+        copy_on_writes=tree.num_copies,
+        forks=counters.num_forks,
+        steps=counters.num_steps,
+        tokens_computed=counters.num_computed,
+        tokens_logical=counters.num_logical,
+        tokens_sampled=counters.num_sampled,
+        tokens_shared=counters.num_shared,
+        busy_seconds=counters.busy_seconds,
+    )
