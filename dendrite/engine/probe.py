@@ -1,0 +1,133 @@
+"""A forward at load time that shows whether a model runs exactly: a small tree, packed, beside plain sequences.
+
+prefix ──┬── left       packed: prefix, left, right in one row, each branch reading the prefix and itself
+         └── right      plain:  prefix + left and prefix + right, each alone, with Transformers' own attention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dendrite.engine.attention.base import AttentionStep
+from dendrite.engine.attention.interface import ATTENTION_NAME, STEP_KEYWORD
+from dendrite.engine.attention.reference import ReferenceAttention
+from dendrite.engine.batch import Plan, Segment
+from dendrite.engine.errors import ModelError
+from dendrite.engine.kv_pool import KVPool
+from dendrite.engine.spec import ModelSpec
+
+PREFIX, LEFT, RIGHT = 5, 6, 7
+"""Tokens of each part."""
+NUM_ROWS = PREFIX + LEFT + RIGHT
+FIRST_SLOT = NUM_ROWS
+"""One block as large as the whole tree, after the trash block of the same size."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+"""How far a row's logits may be off, as a part of their length. Real models: 1e-6 in float32, 0.01 in bfloat16."""
+
+
+def probe(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Run the tree both ways and compare.
+
+    Args:
+        model: in eval mode, its attention set to ours.
+        spec: the model's dimensions, as read from its configuration.
+
+    Raises:
+        ModelError: a layer did not call attention exactly once with the step, or the logits differ.
+    """
+    tokens = _tokens(spec.vocab_size, model.device)
+    family = model.config.model_type
+    with torch.inference_mode():
+        left, right = _plain(model, tokens)
+        try:
+            packed = _packed(model, spec, tokens)
+        except ModelError as error:
+            raise ModelError(f"{family} models like this one would not run exactly: {error}") from error
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ModelError(f"{family} models like this one cannot be run: {error}") from error
+    if not torch.isfinite(packed).all():
+        raise ModelError(
+            f"this {family} model's logits are not finite: its weights are damaged, or {spec.dtype} is too small"
+        )
+    branches = {"first": (packed[: PREFIX + LEFT], left), "second": (packed[PREFIX + LEFT :], right[PREFIX:])}
+    for name, (ours, reference) in branches.items():
+        _compare(family, spec.dtype, name, ours, reference)
+
+
+def _tokens(vocab_size: int, device: torch.device) -> Tensor:
+    """[NUM_ROWS] token ids, spread over the vocabulary, the same each time."""
+    return (torch.arange(1, NUM_ROWS + 1, device=device) * 7919) % vocab_size
+
+
+def _plain(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of both branches with Transformers' own attention: [PREFIX + LEFT, vocab], [PREFIX + RIGHT, vocab]."""
+    left = tokens[: PREFIX + LEFT]
+    right = torch.cat((tokens[:PREFIX], tokens[PREFIX + LEFT :]))
+    with _attention(model, "eager"):
+        return _logits(model, left), _logits(model, right)
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
+    logits: Tensor = model(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
+    return logits.float()
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _packed(model: PreTrainedModel, spec: ModelSpec, tokens: Tensor) -> Tensor:
+    """The logits of the packed tree, [NUM_ROWS, vocab]."""
+    pool = KVPool(spec, num_blocks=1, block_size=NUM_ROWS, device=model.device)
+    backend = ReferenceAttention(pool)
+    backend.prepare(_plan())
+    step = AttentionStep(backend, torch.arange(FIRST_SLOT, FIRST_SLOT + NUM_ROWS, device=model.device))
+    positions = [*range(PREFIX + LEFT), *range(PREFIX, PREFIX + RIGHT)]
+    logits: Tensor = model(
+        input_ids=tokens.unsqueeze(0),
+        position_ids=torch.tensor([positions], device=model.device),
+        use_cache=False,
+        **{STEP_KEYWORD: step},
+    ).logits[0]
+    step.check_complete(spec.num_layers)
+    return logits.float()
+
+
+def _plan() -> Plan:
+    right_row = PREFIX + LEFT
+    return Plan(
+        num_rows=NUM_ROWS,
+        segments=(
+            _segment(0, NUM_ROWS, num_keys=PREFIX),
+            _segment(PREFIX, right_row, num_keys=LEFT),
+            _segment(right_row, NUM_ROWS, num_keys=RIGHT),
+        ),
+    )
+
+
+def _segment(row_start: int, row_end: int, *, num_keys: int) -> Segment:
+    first = FIRST_SLOT + row_start
+    return Segment(((first, first + num_keys),), num_keys, row_start, row_end, causal_rows=num_keys)
+
+
+def _compare(family: str, dtype: str, branch: str, ours: Tensor, reference: Tensor) -> None:
+    errors = torch.linalg.vector_norm(ours - reference, dim=1) / torch.linalg.vector_norm(reference, dim=1)
+    # In half precision a near tie between two experts may go either way and change a row; not half of the rows.
+    error = float(errors.max() if dtype == "float32" else errors.median())
+    if error > TOLERANCE[dtype]:
+        raise ModelError(
+            f"{family} models like this one would not run exactly: a packed tree's {branch} branch gives logits that "
+            f"are {error:.1e} off Transformers' own ({dtype}, {TOLERANCE[dtype]:.0e} is allowed)"
+        )
