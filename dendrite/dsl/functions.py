@@ -1,0 +1,146 @@
+"""A user's function inside a program: what it is called, where it stands, and how it is run.
+
+Synchronous functions are called directly between the engine's steps, never in a thread: a busy Python thread beside a
+step on the CPU slows the step many times over. Asynchronous ones run together on the caller's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from dendrite.dsl.node import Node
+from dendrite.dsl.records import Reject
+from dendrite.engine.errors import CallbackError, DendriteError
+
+T = TypeVar("T")
+
+
+class OutOfBudget(BaseException):
+    """The budget ended inside a user's function, in `Node.ask`. Not an Exception: `except Exception` must not eat it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One decorated function and what a message about it needs."""
+
+    call: Callable[..., object]
+    name: str
+    file: str
+    line: int
+    is_async: bool
+
+    @classmethod
+    def of(cls, call: Callable[..., object]) -> Function:
+        """Look at a function, a bound method, a partial or a callable object."""
+        inner = plain(call)
+        code = getattr(inner, "__code__", None)
+        return cls(
+            call=call,
+            name=getattr(inner, "__qualname__", type(call).__name__).rpartition("<locals>.")[2],
+            file=code.co_filename if code else "unknown file",
+            line=code.co_firstlineno if code else 0,
+            is_async=inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(call, "__call__", None)),  # noqa: B004
+        )
+
+    @property
+    def place(self) -> str:
+        """`name (path/to/file.py:12)`, as error messages give it."""
+        return f"{self.name} ({self.file}:{self.line})"
+
+    @property
+    def label(self) -> str:
+        """`name, file.py:12`, as `explain()` gives it: the same on every machine."""
+        return f"{self.name}, {Path(self.file).name}:{self.line}"
+
+    async def run(self, argument: object, nodes: Sequence[Node[object]]) -> object:
+        """Call it and await it if need be.
+
+        Args:
+            argument: what it is called with.
+            nodes: the nodes that an error message names.
+
+        Raises:
+            CallbackError: it raised; the cause is chained. Errors of this package pass as they are.
+        """
+        try:
+            result = self.call(argument)
+            return await cast("Awaitable[object]", result) if inspect.isawaitable(result) else result
+        except (DendriteError, Reject):
+            raise
+        except Exception as error:
+            raise self.failed(f"raised {type(error).__name__}: {error}", nodes) from error
+
+    def failed(self, what: str, nodes: Sequence[Node[object]]) -> CallbackError:
+        """The error that says what this function did and on which node."""
+        return CallbackError(
+            f"{self.place} {what}, on {named(nodes)}. "
+            'Mend the function, or compile the program with on_error="drop" to drop such nodes'
+        )
+
+
+def plain(call: Callable[..., object]) -> Callable[..., object]:
+    """The function under bound methods, partials and `functools.wraps`."""
+    while True:
+        if isinstance(call, functools.partial):
+            call = call.func
+        elif inspect.ismethod(call):
+            call = call.__func__
+        elif hasattr(call, "__wrapped__"):
+            call = call.__wrapped__
+        else:
+            return call
+
+
+def named(nodes: Sequence[Node[object]]) -> str:
+    """Which nodes, by their place in the tree and their text."""
+    if len(nodes) != 1:
+        return f"nodes {', '.join(node.name for node in nodes[:5])}{' …' if len(nodes) > 5 else ''}"
+    text = nodes[0].text
+    return f"node {nodes[0].name} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
+
+
+async def run_each(
+    function: Function, nodes: Sequence[Node[object]], *, concurrency: int | None = None
+) -> list[object]:
+    """Call `function` once for each node: what it returned, in order, or the `CallbackError`, `Reject` or
+    `OutOfBudget` it ended with instead.
+
+    Synchronous calls go one after the other. Asynchronous ones run at the same time, at most `concurrency` of them.
+    Any other error is raised, and ends them all.
+    """
+    if not function.is_async:
+        return [await answer(function, node, [node]) for node in nodes]
+    limit = asyncio.Semaphore(concurrency or max(1, len(nodes)))
+
+    async def one(node: Node[object]) -> object:
+        async with limit:
+            return await answer(function, node, [node])
+
+    return await together([one(node) for node in nodes])
+
+
+async def answer(function: Function, argument: object, nodes: Sequence[Node[object]]) -> object:
+    """`function.run`, where a failure of the function is an answer too."""
+    try:
+        return await function.run(argument, nodes)
+    except (CallbackError, Reject, OutOfBudget) as failure:
+        return failure
+
+
+async def together(coroutines: Iterable[Coroutine[object, object, T]]) -> list[T]:
+    """Run coroutines at the same time; results in order. The first failure cancels the others and is raised."""
+    failure: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failures:
+        failure = failures.exceptions[0]
+    if failure is not None:
+        raise failure  # out here, so that its own cause stays what it was
+    return [task.result() for task in tasks]

@@ -1,0 +1,96 @@
+"""What the functions of a program return, and what limits a run: frozen records, read by the search loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Generic
+
+from dendrite.dsl.types import Prompt, S
+from dendrite.engine.errors import ProgramError
+
+
+@dataclass(frozen=True)
+class Gen:
+    """What a child continues, returned by `@expand`: a cue, then generated text.
+
+        @dd.expand(width=5, stop="\\n")
+        def step(node: dd.Node) -> dd.Gen:
+            return dd.Gen("\\nStep:", max_tokens=32)
+
+    `choices`, `regex`, `grammar` and `schema` constrain the text. They come with a later version: a search that meets
+    one raises `ProgramError`; a unit test of the function may read them already.
+    """
+
+    cue: Prompt = ""
+    _: KW_ONLY
+    max_tokens: int | None = None
+    """Most tokens of the child; None takes what the decorator says."""
+    choices: Sequence[str] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    schema: type | None = None
+
+    @property
+    def constraint(self) -> str | None:
+        """The name of the constraint asked for, if any."""
+        given = {"choices": self.choices, "regex": self.regex, "grammar": self.grammar, "schema": self.schema}
+        return next((name for name, value in given.items() if value is not None), None)
+
+
+@dataclass(frozen=True)
+class Child(Generic[S]):
+    """A child that `@expand` made itself: its text is appended as it stands, nothing is generated.
+
+        @dd.expand
+        def moves(node: dd.Node[Game]) -> list[dd.Child[Game]]:
+            return [dd.Child(f"\\n{move}", play(node.state, move)) for move in legal(node.state)]
+    """
+
+    text: str
+    state: S
+    prior: float = 1.0
+    """How promising the child is before it was looked at; for strategies that weigh it."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[S]):
+    """What `@observe` saw in a finished child.
+
+        @dd.observe
+        def apply(node: dd.Node[Game]) -> dd.Outcome[Game]:
+            now = play(node.state, node.text)
+            return dd.Outcome(now, goal=now.left == (24,), terminal=len(now.left) == 1)
+    """
+
+    state: S
+    append: Prompt = ""
+    """Text or messages to put after the child, such as what a tool returned."""
+    terminal: bool = False
+    """Never expanded; may still be the best."""
+    goal: bool = False
+    """What was looked for: ends the search."""
+
+
+class Reject(Exception):  # noqa: N818 - a verdict that users raise, not an error
+    """Raised by `@observe` to drop a child: `raise dd.Reject("not a legal move")`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Limits of one run. When one is met the run ends with what it has and `result.stopped == "budget"`."""
+
+    tokens: int | None = None
+    """Most tokens generated, by steps and by `Node.ask` together; never exceeded."""
+    nodes: int | None = None
+    """Most nodes made, the root aside; never exceeded."""
+    seconds: float | None = None
+    """Wall-clock time; what is being generated when it ends is cancelled."""
+    kv_bytes: int | None = None
+    """Most bytes of K/V that the search may hold, checked between its operations."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "nodes", "seconds", "kv_bytes"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ProgramError(f"Budget({name}={limit!r}) allows nothing: give a number above 0, or None for no limit")

@@ -1,0 +1,1 @@
+"""Search strategies: which node to expand next, and which to keep. Pure functions over plain state."""

@@ -1,0 +1,39 @@
+"""The type variables and aliases that the rooms of the DSL share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NewType
+
+from typing_extensions import TypeVar
+
+from dendrite.engine.messages import Message
+
+S = TypeVar("S", default=object)
+"""A user's state; a bare `dd.Node` is a `dd.Node[object]`, which fits every program."""
+S_co = TypeVar("S_co", covariant=True, default=object)
+F = TypeVar("F", bound=Callable[..., object])
+
+Prompt = str | Sequence[Message]
+"""Text, or chat messages."""
+
+StepId = NewType("StepId", int)
+"""A node's number in its search, in the order made; the root is 0."""
+
+
+def shown(prompt: Prompt, *, first: bool = False) -> str:
+    """Write a prompt as a transcript shows it: text as it is, messages as `role: content` lines.
+
+    Messages end where the assistant's answer begins. `first` says that nothing stands before them.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        return ""
+    lines = [f"{message['role']}: {message['content']}" for message in prompt]
+    return ("" if first else "\n") + "\n".join([*lines, "assistant: "])
+
+
+def is_messages(value: object) -> bool:
+    """Tell chat messages from other sequences: a list or tuple of mappings with a role and a content."""
+    return isinstance(value, (list, tuple)) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
