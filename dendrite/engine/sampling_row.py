@@ -104,6 +104,17 @@ class SampleRow:
 
     @property
     def filtered(self) -> bool:
-        """Whether unlikely tokens are dropped before the draw."""
+        """Whether unlikely tokens are dropped before a draw."""
         params = self.params
-        return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+        return params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A row's token."""
+
+    token_id: int
+    logprob: float
+    """Natural log of its probability in the model's own distribution."""
+    top: tuple[tuple[int, float], ...]
+    """The `top_logprobs` likeliest tokens with theirs, likeliest first."""
