@@ -18,7 +18,7 @@ from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.plan import Run, plan_runs
 from dendrite.engine.requests import GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
-from dendrite.engine.tree import KVNode, KVTree, Tip
+from dendrite.engine.tree import HiddenRow, KVNode, KVTree, Tip
 
 MAX_DECODE_ROWS = 256
 """Branches that decode in one step; more take turns."""
@@ -31,7 +31,7 @@ class Read:
     """One hidden row that a request waits for; it predicts candidate token `index` of `candidate` when scoring."""
 
     request: Request
-    source: int | tuple[object, int]
+    source: int | HiddenRow
     """A position in the step's outputs, or a row kept from an earlier step: (hidden rows, index)."""
     candidate: int = 0
     index: int = 0
@@ -49,6 +49,7 @@ class Step:
 
     @property
     def num_rows(self) -> int:
+        """Tokens that go through the model in this step."""
         return self.batch.plan.num_rows if self.batch is not None else 0
 
 
@@ -63,6 +64,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether anything is queued or running."""
         return bool(self.running or self._queue)
 
     def submit(self, group: Group) -> None:
@@ -194,7 +196,7 @@ class _StepBuilder:
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._all_rows: set[NodeId] = set()
         self._last_row: set[int] = set()  # id() of runs whose last row is an output
-        self._waiting: list[tuple[Request, Run | tuple[object, int], int, int, int]] = []
+        self._waiting: list[tuple[Request, Run | HiddenRow, int, int, int]] = []
         self._failed: list[tuple[Request, OutOfBlocks]] = []
         self._num_rows = 0
 
@@ -211,6 +213,7 @@ class _StepBuilder:
         return self._num_rows - rows
 
     def build(self) -> Step | None:
+        """The step, or None if nothing was added."""
         runs = [*self._runs.values(), *self._queries.values()]
         if not runs:
             if not self._waiting and not self._failed:
@@ -258,7 +261,7 @@ class _StepBuilder:
                 for index in range(run.num_rows):
                     self._waiting.append((request, run, index, candidate, run.start + index + 1))
 
-    def _row_at(self, tip: Tip, budget: int) -> Run | tuple[object, int] | None:
+    def _row_at(self, tip: Tip, budget: int) -> Run | HiddenRow | None:
         """Where the hidden row after the tip's last token comes from; None if not from this step."""
         pending = self._tree.pending(tip)
         node, offset = tip.node, tip.offset

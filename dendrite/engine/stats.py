@@ -25,12 +25,14 @@ class Counters:
     busy_seconds: float = 0.0
 
     def count_step(self, step: Step, *, seconds: float, blocks: int) -> None:
+        """Adds one step that took `seconds` and left `blocks` in use."""
         self.num_steps += 1
         self.num_computed += step.num_rows
         self.busy_seconds += seconds
         self.peak_blocks = max(self.peak_blocks, blocks)
 
     def count_score(self, score: ScoreRequest) -> None:
+        """Adds what the score's candidates would have cost as requests of their own."""
         self.num_logical += sum(score.tip.length + len(candidate) - 1 for candidate in score.candidates)
 
 

@@ -24,6 +24,9 @@ from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.states import Status
 
+HiddenRow = tuple[object, int]
+"""A step's hidden rows, opaque here, and an index into them."""
+
 
 class KVNode:
     """A run of tokens with the blocks that hold their K/V. Offsets count from the node's own first token."""
@@ -58,13 +61,14 @@ class KVNode:
         self.attached: dict[int, int] = {}  # offset -> how many tips and child nodes are attached there
         self.writer: Tip | None = None
         self.children: dict[NodeId, KVNode] = {}
-        self.hidden: tuple[int, object] | None = None  # (offset, final hidden row after the token before it)
+        self.hidden: tuple[int, HiddenRow] | None = None  # (offset, final hidden row after the token before it)
         self.spans: list[tuple[int, int, int]] | None = None  # cache of `KVTree.spans`
         self.epoch = 0  # counts roll-backs, so that a step in flight knows its tokens are gone
         self.is_live = True
 
     @property
     def ref_count(self) -> int:
+        """Tips and child nodes that hold this node."""
         return sum(self.attached.values()) + (self.writer is not None)
 
 
@@ -158,7 +162,7 @@ class KVTree:
         offset = tip.offset
         while node is not None and node.start + offset > start:
             pieces.append(node.token_ids[max(0, start - node.start) : offset])
-            node, offset = node.parent, node.offset
+            offset, node = node.offset, node.parent
         return [token for piece in reversed(pieces) for token in piece]
 
     def pending(self, tip: Tip) -> list[tuple[KVNode, int]]:
@@ -168,7 +172,7 @@ class KVTree:
         offset = tip.offset
         while node is not None and node.num_computed < offset:
             found.append((node, offset))
-            node, offset = node.parent, node.offset
+            offset, node = node.offset, node.parent
         found.reverse()
         return found
 
@@ -207,7 +211,7 @@ class KVTree:
                 known = upto.get(node.node_id)
                 if known is None or known[1] < offset:
                     upto[node.node_id] = (node, offset)
-                node, offset = node.parent, node.offset
+                offset, node = node.offset, node.parent
         return blocks + sum(self._blocks_to_place(node, offset) for node, offset in upto.values())
 
     def prunable(self, busy: Iterable[Tip]) -> int:
@@ -221,7 +225,7 @@ class KVTree:
                 seen[node.node_id] = offset
                 num = -(-(node.start + offset) // self.pool.block_size) - node.start // self.pool.block_size
                 held.update(node.blocks[: max(num, 0)])
-                node, offset = node.parent, node.offset
+                offset, node = node.offset, node.parent
         return self.pool.num_used - len(held)
 
     def place(self, node: KVNode, last: int) -> list[tuple[BlockId, BlockId]]:
@@ -459,7 +463,8 @@ class KVTree:
 
     def _check_node(self, node: KVNode, attached: dict[int, int]) -> None:
         name = f"node {node.node_id}"
-        assert node.is_live and node.attached == attached, f"{name}: attached {node.attached}, derived {attached}"
+        assert node.is_live, f"{name} was freed"
+        assert node.attached == attached, f"{name}: attached {node.attached}, derived {attached}"
         assert node.attached or node.writer is not None, f"{name} is held by nobody"
         assert node.num_computed <= node.num_placed <= len(node.token_ids), f"{name}: counts out of order"
         live = max(node.attached, default=0)

@@ -1,0 +1,166 @@
+"""What goes into a step: chunks, order, copies before the pass, and what must wait for the next one."""
+
+from __future__ import annotations
+
+import pytest
+
+from dendrite.engine.blocks import BlockPool
+from dendrite.engine.errors import OutOfBlocks
+from dendrite.engine.requests import GenerateRequest, Group, ScoreRequest
+from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.tree import KVTree, Tip
+
+
+def make(num_blocks: int = 64, block_size: int = 4, prefill_chunk: int = 16) -> tuple[KVTree, Scheduler]:
+    """A tree and its scheduler."""
+    tree = KVTree(BlockPool(num_blocks + 1, block_size))
+    return tree, Scheduler(tree, prefill_chunk=prefill_chunk)
+
+
+def generate(scheduler: Scheduler, *tips: Tip, max_tokens: int = 4) -> list[GenerateRequest]:
+    """One call over the tips, submitted."""
+    requests = [GenerateRequest(tip, max_tokens) for tip in tips]
+    scheduler.submit(Group(requests))
+    return requests
+
+
+def step(scheduler: Scheduler) -> Step:
+    """Schedules and commits one step."""
+    found = scheduler.schedule()
+    assert found is not None
+    scheduler.commit(found, "hidden")
+    return found
+
+
+def test_a_long_prompt_is_computed_in_chunks() -> None:
+    """40 tokens at 16 a step: 16, 16, 8, and only the last step has a row to read."""
+    tree, scheduler = make()
+    tip, _ = tree.new_root(list(range(40)))
+    generate(scheduler, tip)
+    steps = [step(scheduler) for _ in range(3)]
+    assert [each.num_rows for each in steps] == [16, 16, 8]
+    assert [len(each.reads) for each in steps] == [0, 0, 1]
+
+
+def test_a_long_prompt_leaves_room_for_those_that_decode() -> None:
+    """While a branch decodes, prefill takes a quarter of a chunk a step and the branch its token in each."""
+    tree, scheduler = make()
+    short, _ = tree.new_root([1, 2])
+    (decoding,) = generate(scheduler, short, max_tokens=8)
+    step(scheduler)
+    long, _ = tree.new_root(list(range(40)))
+    generate(scheduler, long)
+    for _ in range(3):
+        tree.extend(short, [7])
+        found = step(scheduler)
+        assert found.num_rows == 1 + 4
+        assert [read.request for read in found.reads] == [decoding]
+
+
+def test_forks_of_a_computed_parent_need_no_row_for_their_first_token() -> None:
+    """The parent's last hidden row is kept, so eight forks draw from it without a pass."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2, 3])
+    (request,) = generate(scheduler, root)
+    step(scheduler)
+    scheduler.remove(request)
+    requests = generate(scheduler, *[tree.fork(root) for _ in range(8)])
+    found = step(scheduler)
+    assert found.batch is None
+    assert [read.request for read in found.reads] == requests
+    assert {read.source for read in found.reads} == {("hidden", 0)}
+
+
+def test_a_fork_at_a_past_position_recomputes_one_token() -> None:
+    """Its row writes to the trash block and reads the keys up to itself."""
+    tree, scheduler = make()
+    root, _ = tree.new_root(list(range(10)))
+    (request,) = generate(scheduler, root)
+    step(scheduler)
+    scheduler.remove(request)
+    generate(scheduler, tree.fork(root, at=6))
+    found = step(scheduler)
+    assert found.batch is not None
+    assert (found.batch.token_ids, found.batch.positions, found.batch.slots) == ([5], [5], [0])
+    assert [segment.num_keys for segment in found.batch.plan.segments] == [6]
+
+
+def test_a_copy_waits_for_the_tokens_it_copies() -> None:
+    """Two children of an uncomputed tail: the first shares it in this step, the second copies it in the next."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2])
+    a, b = tree.fork(root), tree.fork(root)
+    tree.extend(a, [3])
+    tree.extend(b, [4])
+    requests = generate(scheduler, a, b)
+    first = step(scheduler)
+    assert first.batch is not None
+    assert (first.num_rows, first.batch.copies) == (3, [])
+    assert [read.request for read in first.reads] == requests[:1]
+    scheduler.remove(requests[0])
+    second = step(scheduler)
+    assert second.batch is not None
+    assert (second.num_rows, len(second.batch.copies)) == (1, 1)
+    tree.check_integrity()
+
+
+def test_a_score_reads_every_candidate_in_one_pass_and_leaves_nothing() -> None:
+    """Three candidates of 1, 2 and 3 tokens: 0 + 1 + 2 sibling rows, 1 + 2 + 3 reads, no block afterwards."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2, 3, 4])
+    request = ScoreRequest(root, [[5], [6, 7], [8, 9, 10]])
+    scheduler.submit(Group([request]))
+    found = step(scheduler)
+    assert found.num_rows == 4 + 0 + 1 + 2
+    assert sorted((read.candidate, read.index) for read in found.reads) == [
+        (0, 0),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+    ]
+    assert request.is_complete
+    scheduler.remove(request)
+    assert tree.pool.num_used == 1
+    tree.check_integrity()
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    """The refusal names needed, free and prunable blocks, and nothing is queued."""
+    tree, scheduler = make(num_blocks=4)
+    root, _ = tree.new_root([1, 2, 3])
+    other, _ = tree.new_root([9, 9, 9, 9, 9])
+    tree.place(other.node, 5)
+    with pytest.raises(OutOfBlocks) as caught:
+        generate(scheduler, root, max_tokens=14)
+    assert (caught.value.needed, caught.value.free, caught.value.prunable) == (4, 2, 2)
+    assert (root.status, scheduler.has_work) == ("idle", False)
+
+
+def test_what_fits_later_waits() -> None:
+    """The second call needs what the first has reserved; it runs once the first has ended."""
+    tree, scheduler = make(num_blocks=4)
+    a, _ = tree.new_root([1])
+    b, _ = tree.new_root([2])
+    (first,) = generate(scheduler, a, max_tokens=12)
+    assert step(scheduler).reads[0].request is first
+    (second,) = generate(scheduler, b, max_tokens=12)
+    tree.extend(a, [5])
+    assert [read.request for read in step(scheduler).reads] == [first]
+    assert b.status == "queued"
+    scheduler.remove(first)
+    assert [read.request for read in step(scheduler).reads] == [second]
+
+
+def test_more_branches_than_a_step_holds_take_turns() -> None:
+    """300 branches: 256 rows in the first step, and the 44 others are in the second."""
+    tree, scheduler = make(num_blocks=2000)
+    tips = [tree.new_root([token])[0] for token in range(300)]
+    generate(scheduler, *tips, max_tokens=8)
+    first = step(scheduler)
+    for read in first.reads:
+        tree.extend(read.request.tip, [1])
+    second = step(scheduler)
+    assert len(first.reads) == len(second.reads) == 256
+    assert {id(read.request) for read in first.reads + second.reads} == set(map(id, scheduler.running))

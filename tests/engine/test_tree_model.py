@@ -1,0 +1,135 @@
+"""The tree against a list-of-tokens model: random programs, every branch's tokens read back through plan and slots.
+
+The "K/V" of a token is the token itself, written to its slot when a step computes it and moved by copy-on-write. What
+a row reads through its plan must then be its path: a wrong slot, a missing copy or a stale segment shows as a wrong
+token.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+
+from dendrite.engine.blocks import BlockPool
+from dendrite.engine.plan import Run
+from dendrite.engine.scheduler import _StepBuilder
+from dendrite.engine.requests import GenerateRequest
+from dendrite.engine.tree import KVNode, KVTree, Tip
+
+TOKENS = st.integers(0, 5)
+
+
+class TreeMachine(RuleBasedStateMachine):
+    """Forks, appends, roll-backs, prunes and steps; after each, tokens and counts must agree with the model."""
+
+    branches = Bundle("branches")
+
+    @initialize(block_size=st.sampled_from([1, 2, 3, 4, 8]))
+    def make(self, block_size: int) -> None:
+        self.tree = KVTree(BlockPool(200, block_size))
+        self.memory = [-1] * (201 * block_size)  # slot -> the token whose K/V lies there
+        self.model: dict[Tip, list[int]] = {}
+
+    @rule(target=branches, tokens=st.lists(TOKENS, min_size=1, max_size=20))
+    def root(self, tokens: list[int]) -> Tip:
+        tip, shared = self.tree.new_root(tokens)
+        assert shared <= len(tokens)
+        self.model[tip] = list(tokens)
+        return tip
+
+    @rule(target=branches, tip=branches, data=st.data())
+    def fork(self, tip: Tip, data: st.DataObject) -> Tip:
+        used = self.tree.pool.num_used
+        at = data.draw(st.none() | st.integers(1, tip.length))
+        fork = self.tree.fork(tip, at=at)
+        assert self.tree.pool.num_used == used
+        self.model[fork] = self.model[tip][:at]
+        return fork
+
+    @rule(tip=branches, tokens=st.lists(TOKENS, min_size=1, max_size=9))
+    def append(self, tip: Tip, tokens: list[int]) -> None:
+        self.tree.extend(tip, tokens)
+        self.model[tip] += tokens
+
+    @rule(tip=branches, data=st.data())
+    def roll_back(self, tip: Tip, data: st.DataObject) -> None:
+        length = data.draw(st.integers(1, tip.length))
+        self.tree.truncate(tip, length)
+        del self.model[tip][length:]
+
+    @rule(tip=consumes(branches))
+    def prune(self, tip: Tip) -> None:
+        self.tree.prune(tip)
+        del self.model[tip]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), budget=st.integers(1, 12))
+    def step(self, data: st.DataObject, budget: int) -> None:
+        """What the scheduler does with some of the branches: place, copy, plan, write, read."""
+        some = data.draw(st.lists(st.sampled_from(sorted(self.model, key=id)), min_size=1, max_size=8, unique_by=id))
+        builder = _StepBuilder(self.tree)
+        for tip in some:
+            builder.add_request(GenerateRequest(tip, 1), budget=budget)
+        step = builder.build()
+        assert step is None or not step.failed
+        if step is None or step.batch is None:
+            return
+        batch, size = step.batch, self.tree.pool.block_size
+        for source, target in batch.copies:
+            self.memory[target * size : (target + 1) * size] = self.memory[source * size : (source + 1) * size]
+        for token, slot in zip(batch.token_ids, batch.slots, strict=True):
+            if slot:
+                self.memory[slot] = token
+        self.check_reads([run for run, _, _ in step.runs], batch.plan.segments)
+        for run, epoch, _ in step.runs:
+            assert run.node.epoch == epoch
+            if run.is_kept:
+                run.node.num_computed = run.end
+
+    def check_reads(self, runs: list[Run], segments: object) -> None:
+        """Every row reads exactly its path, in order, itself last."""
+        row = 0
+        for run in runs:
+            for offset in range(run.start, run.end):
+                read: list[int] = []
+                for segment in segments:  # type: ignore[attr-defined]
+                    if not segment.row_start <= row < segment.row_end:
+                        continue
+                    slots = [slot for begin, end in segment.spans for slot in range(begin, end)]
+                    assert len(slots) == segment.num_keys
+                    hidden = max(0, segment.causal_rows - 1 - (row - segment.row_start))
+                    read += [self.memory[slot] for slot in slots[: len(slots) - hidden]]
+                probe = Tip(run.node, offset + 1)
+                assert read == self.tree.token_ids(probe)
+                row += 1
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        self.tree.check_integrity()
+        for tip, tokens in self.model.items():
+            assert self.tree.token_ids(tip) == tokens
+        for node in self.tree.nodes.values():
+            self.check_first_block(node)
+        if not self.model:
+            assert self.tree.pool.num_free == self.tree.pool.num_total
+
+    def check_first_block(self, node: KVNode) -> None:
+        """A block is whole for kernels that read block tables: it starts with the tokens before the node's own."""
+        if node.num_computed:
+            lead = node.start % self.tree.pool.block_size
+            first_slot = node.blocks[0] * self.tree.pool.block_size
+            path = self.tree.token_ids(Tip(node, 1))
+            assert self.memory[first_slot : first_slot + lead + 1] == path[len(path) - lead - 1 :]
+
+    def teardown(self) -> None:
+        if hasattr(self, "model"):
+            for tip in list(self.model):
+                self.tree.prune(tip)
+            assert self.tree.pool.num_free == self.tree.pool.num_total
+
+
+TestTree = TreeMachine.TestCase
+TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
