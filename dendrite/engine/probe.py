@@ -21,9 +21,9 @@ from dendrite.engine.errors import ModelError
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.spec import ModelSpec
 
-PREFIX, LEFT, RIGHT = 5, 6, 7
-"""Tokens of each part."""
-NUM_ROWS = PREFIX + LEFT + RIGHT
+PREFIX, BRANCH = 4, 5
+"""Tokens of the shared part, and of each of the two branches."""
+NUM_ROWS = PREFIX + 2 * BRANCH
 FIRST_SLOT = NUM_ROWS
 """One block as large as the whole tree, after the trash block of the same size."""
 
@@ -52,10 +52,8 @@ def probe(model: PreTrainedModel, spec: ModelSpec) -> None:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ModelError(f"{family} models like this one cannot be run: {error}") from error
     if not torch.isfinite(packed).all():
-        raise ModelError(
-            f"this {family} model's logits are not finite: its weights are damaged, or {spec.dtype} is too small"
-        )
-    branches = {"first": (packed[: PREFIX + LEFT], left), "second": (packed[PREFIX + LEFT :], right[PREFIX:])}
+        raise ModelError(f"this {family} model's logits are not finite: damaged weights, or {spec.dtype} is too small")
+    branches = {"first": (packed[:-BRANCH], left), "second": (packed[-BRANCH:], right[PREFIX:])}
     for name, (ours, reference) in branches.items():
         _compare(family, spec.dtype, name, ours, reference)
 
@@ -65,17 +63,13 @@ def _tokens(vocab_size: int, device: torch.device) -> Tensor:
     return (torch.arange(1, NUM_ROWS + 1, device=device) * 7919) % vocab_size
 
 
-def _plain(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of both branches with Transformers' own attention: [PREFIX + LEFT, vocab], [PREFIX + RIGHT, vocab]."""
-    left = tokens[: PREFIX + LEFT]
-    right = torch.cat((tokens[:PREFIX], tokens[PREFIX + LEFT :]))
+def _plain(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Both branches' logits by Transformers' own attention, [2, PREFIX + BRANCH, vocab]."""
+    prefix, left, right = tokens.split((PREFIX, BRANCH, BRANCH))
+    rows = torch.stack((torch.cat((prefix, left)), torch.cat((prefix, right))))
+    positions = torch.arange(rows.shape[1], device=tokens.device).unsqueeze(0)
     with _attention(model, "eager"):
-        return _logits(model, left), _logits(model, right)
-
-
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
-    logits: Tensor = model(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False).logits[0]
+        logits: Tensor = model(input_ids=rows, position_ids=positions, use_cache=False).logits
     return logits.float()
 
 
@@ -94,7 +88,7 @@ def _packed(model: PreTrainedModel, spec: ModelSpec, tokens: Tensor) -> Tensor:
     backend = ReferenceAttention(pool)
     backend.prepare(_plan())
     step = AttentionStep(backend, torch.arange(FIRST_SLOT, FIRST_SLOT + NUM_ROWS, device=model.device))
-    positions = [*range(PREFIX + LEFT), *range(PREFIX, PREFIX + RIGHT)]
+    positions = [*range(PREFIX + BRANCH), *range(PREFIX, PREFIX + BRANCH)]
     logits: Tensor = model(
         input_ids=tokens.unsqueeze(0),
         position_ids=torch.tensor([positions], device=model.device),
@@ -106,14 +100,10 @@ def _packed(model: PreTrainedModel, spec: ModelSpec, tokens: Tensor) -> Tensor:
 
 
 def _plan() -> Plan:
-    right_row = PREFIX + LEFT
+    right_row = PREFIX + BRANCH
+    prefix = _segment(0, NUM_ROWS, num_keys=PREFIX)
     return Plan(
-        num_rows=NUM_ROWS,
-        segments=(
-            _segment(0, NUM_ROWS, num_keys=PREFIX),
-            _segment(PREFIX, right_row, num_keys=LEFT),
-            _segment(right_row, NUM_ROWS, num_keys=RIGHT),
-        ),
+        NUM_ROWS, (prefix, _segment(PREFIX, right_row, num_keys=BRANCH), _segment(right_row, NUM_ROWS, num_keys=BRANCH))
     )
 
 
