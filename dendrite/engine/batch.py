@@ -26,7 +26,7 @@ class Segment:
     """
 
     spans: tuple[tuple[int, int], ...]
-    """Slot ranges `[first, last)` in key order; slot = block_id * block_size + offset. Contiguous blocks are one span."""
+    """Slot ranges `[first, last)` in key order, contiguous blocks joined; slot = block_id * block_size + offset."""
     num_keys: int
     row_start: int
     row_end: int

@@ -41,9 +41,11 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
+        """Blocks with a reference, the trash block apart."""
         return self.num_total - self.num_free
 
     def ref_count(self, block_id: BlockId) -> int:
+        """How many nodes own the block."""
         return self._ref_counts[block_id]
 
     def fill(self, block_id: BlockId) -> int:
@@ -51,6 +53,7 @@ class BlockPool:
         return self._fill[block_id]
 
     def set_fill(self, block_id: BlockId, num_slots: int) -> None:
+        """Records that the first `num_slots` slots have a writer."""
         self._fill[block_id] = num_slots
 
     def allocate(self, num: int, *, after: BlockId | None = None) -> list[BlockId]:
@@ -72,13 +75,15 @@ class BlockPool:
         return taken
 
     def share(self, block_id: BlockId) -> None:
+        """Adds an owner to a block in use."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} is free and can't be shared"
         self._ref_counts[block_id] += 1
 
     def release(self, block_ids: Iterable[BlockId]) -> None:
         """Drops one reference of each; a block without any is free at once."""
         for block in block_ids:
-            assert self._ref_counts[block] > 0 and block != TRASH_BLOCK, f"block {block} was released twice"
+            assert block != TRASH_BLOCK, "block 0 has no owner and is never released"
+            assert self._ref_counts[block] > 0, f"block {block} was released twice"
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:
                 self.num_free += 1

@@ -8,12 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, overload
 
 from dendrite.engine.config import SamplingOptions
-from dendrite.engine.errors import BranchError
+from dendrite.engine.core import BranchRecord
+from dendrite.engine.errors import RequestError
 from dendrite.engine.generation import Generation
 from dendrite.engine.messages import Message
-from dendrite.engine.random import child_key, root_key
-from dendrite.engine.states import Status, explain
-from dendrite.engine.tree import Tip
+from dendrite.engine.states import Status
 
 if TYPE_CHECKING:
     from dendrite.engine.engine import Engine
@@ -31,54 +30,31 @@ class Branch:
         print(a.generate(max_tokens=16).text)
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_chat",
-        "_children",
-        "_engine",
-        "_key",
-        "_logprobs",
-        "_num_forks",
-        "_parent",
-        "_salt",
-        "_tip",
-        "depth",
-        "value",
-    )
+    __slots__ = ("__weakref__", "_children", "depth", "engine", "parent", "record", "value")
 
-    def __init__(self, engine: Engine, tip: Tip, parent: Branch | None, *, salt: int, key: int) -> None:
-        self._engine = engine
-        self._tip = tip
-        self._parent = parent
-        self._children: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
-        self._num_forks = 0  # child indices are never used twice, so randomness never is
-        self._salt = salt  # of the root, or of the seed a fork was given
-        self._key = key  # the path of child indices below whoever got the salt
-        self._logprobs: list[float] = []
-        self._chat: tuple[tuple[Message, ...], int] | None = parent._chat if parent is not None else None
+    def __init__(self, engine: Engine, record: BranchRecord, parent: Branch | None) -> None:
+        self.engine: Engine = engine
+        self.record = record
+        """The engine's side of this branch; not for users."""
+        self.parent: Branch | None = parent
+        """The branch this one was forked from; None for a root."""
         self.depth: int = parent.depth + 1 if parent is not None else 0
+        """Forks between the root and this branch."""
         self.value: float | None = None
+        """Whatever the user thinks of it; searches keep their scores here."""
+        self._children: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> Engine:
-        return self._engine
-
-    @property
-    def parent(self) -> Branch | None:
-        """The branch this one was forked from; None for a root."""
-        return self._parent
-
-    @property
     def children(self) -> list[Branch]:
         """The forks of this branch that are live, oldest first."""
-        return [child for child in self._children.values() if child._tip.status != "pruned"]
+        return [child for child in self._children.values() if child.status != "pruned"]
 
     @property
     def status(self) -> Status:
         """`idle`, `queued` or `running` (a generation owns it), or `pruned`."""
-        return self._tip.status
+        return self.record.tip.status
 
     @overload
     def fork(self) -> Branch: ...
@@ -97,9 +73,12 @@ class Branch:
             BranchError: `n` is below 1, `at` is out of range, or the branch was pruned.
             EngineClosed: the engine was closed.
         """
-        if n is None:
-            return self._engine._fork(self, 1, at, seed)[0]
-        return self._engine._fork(self, n, at, seed)
+        first = self.record.num_forks
+        records = self.engine.core.fork(self.record, 1 if n is None else n, at, seed)
+        forks = [Branch(self.engine, record, self) for record in records]
+        self._children.update(enumerate(forks, first))
+        self.engine.track(forks)
+        return forks[0] if n is None else forks
 
     def append(
         self,
@@ -120,33 +99,38 @@ class Branch:
             ContextOverflow: the path would be longer than the model's context.
             OutOfBlocks: the pool is too small for the new tokens. In each case nothing was changed.
         """
-        self._engine._append(self, content, messages, special=special)
+        if messages is not None and content is None:
+            self.engine.core.append_messages(self.record, messages)
+        elif content is not None and messages is None:
+            self.engine.core.append(self.record, content, special=special)
+        else:
+            raise RequestError("give one of: content, messages=")
         return self
 
     def prune(self) -> None:
-        """Gives the branch up: the blocks only it used are free when this returns. Forks stay; calling again is fine."""
-        self._engine._prune(self)
+        """Gives the branch up: blocks only it used are free when this returns. Forks stay; calling again is fine."""
+        self.engine.core.prune(self.record)
 
     # --- running -----------------------------------------------------------------------------------------------
 
     def generate(self, **options: Unpack[SamplingOptions]) -> Generation:
         """Generates onto this branch; see `Engine.generate`."""
-        return self._engine.generate([self], **options)[0]
+        return self.engine.generate([self], **options)[0]
 
     async def agenerate(self, **options: Unpack[SamplingOptions]) -> Generation:
         """`generate` for asyncio; cancelling the task leaves the branch as it was."""
-        return (await self._engine.agenerate([self], **options))[0]
+        return (await self.engine.agenerate([self], **options))[0]
 
     def stream(self, **options: Unpack[SamplingOptions]) -> Iterator[str]:
         """Generates and yields the text piece by piece, never half a character or a part of a stop string.
 
         Closing the iterator early ends the generation; the branch keeps what was generated until then.
         """
-        return self._engine._stream(self, options)
+        return self.engine.stream(self, **options)
 
     def astream(self, **options: Unpack[SamplingOptions]) -> AsyncIterator[str]:
         """`stream` for asyncio."""
-        return self._engine._astream(self, options)
+        return self.engine.astream(self, **options)
 
     def score(self, choices: Sequence[str]) -> list[float]:
         """Log-probability (nats) of each choice as the continuation of this path: all in one pass, nothing kept.
@@ -155,37 +139,37 @@ class Branch:
             RequestError: no choices, or an empty one.
             BranchError, ContextOverflow, OutOfBlocks, EngineClosed: as for `generate`.
         """
-        return [sum(logprobs) for logprobs in self._engine._score(self, choices)]
+        return [sum(logprobs) for logprobs in self.engine.score_tokens(self, choices)]
 
     async def ascore(self, choices: Sequence[str]) -> list[float]:
         """`score` for asyncio."""
-        return [sum(logprobs) for logprobs in await self._engine._ascore(self, choices)]
+        return [sum(logprobs) for logprobs in await self.ascore_tokens(choices)]
 
     async def ascore_tokens(self, choices: Sequence[str]) -> list[list[float]]:
         """The log-probability of each token of each choice, given this path and the choice's tokens before it."""
-        return await self._engine._ascore(self, choices)
+        return await self.engine.ascore_tokens(self, choices)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     @property
     def text(self) -> str:
         """The whole path as text, from the root's prompt on; a leading BOS is left out, other special tokens show."""
-        return self._engine._text_of(self)
+        return self.engine.core.text(self.record)
 
     @property
     def token_ids(self) -> list[int]:
         """The whole path as token ids."""
-        return self._engine._token_ids_of(self)
+        return self.engine.core.token_ids(self.record)
 
     @property
     def num_tokens(self) -> int:
         """Length of the path."""
-        return self._live_tip().length
+        return self.engine.core.num_tokens(self.record)
 
     @property
     def logprobs(self) -> list[float]:
         """Log-probabilities of the tokens that were sampled on this very branch, oldest first."""
-        return list(self._logprobs)
+        return list(self.record.logprobs)
 
     def __enter__(self) -> Self:
         return self
@@ -194,36 +178,12 @@ class Branch:
         self.prune()
 
     def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)
-        if engine is not None and self._tip.status != "pruned":
-            engine._forget(self._tip)
+        record = getattr(self, "record", None)
+        if record is not None and record.tip.status != "pruned":
+            self.engine.core.loop.forget(record.tip)
 
     def __repr__(self) -> str:
-        if self._tip.status == "pruned":
+        tip = self.record.tip
+        if tip.status == "pruned":
             return f"<Branch depth={self.depth} pruned>"
-        return f"<Branch depth={self.depth} tokens={self._tip.length} {self._tip.status}>"
-
-    # --- what the engine needs ---------------------------------------------------------------------------------
-
-    def record_logprobs(self, logprobs: Sequence[float]) -> None:
-        """Called by the engine when a generation on this branch ends."""
-        self._logprobs.extend(logprobs)
-
-    def _live_tip(self) -> Tip:
-        if self._tip.status == "pruned":
-            raise BranchError(explain("pruned"))
-        return self._tip
-
-    def _key_for(self, seed: int | None) -> int:
-        """The 64-bit key of this branch's draws: its path under the root's salt, or under `seed`."""
-        return child_key(root_key(seed) if seed is not None else self._salt, self._key)
-
-    def _made_from(self, tip: Tip, seed: int | None, index: int) -> Branch:
-        """A child handle on `tip`; the caller holds the lock."""
-        if seed is None:
-            child = Branch(self._engine, tip, self, salt=self._salt, key=child_key(self._key, self._num_forks))
-        else:
-            child = Branch(self._engine, tip, self, salt=root_key(seed), key=child_key(0, index))
-        self._children[self._num_forks] = child
-        self._num_forks += 1
-        return child
+        return f"<Branch depth={self.depth} tokens={tip.length} {tip.status}>"

@@ -10,7 +10,7 @@ from dendrite.engine.config import SamplingParams
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.sampling_row import Sampled, SampleRow
 from dendrite.engine.text import TextStream, Tokenizer
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 if TYPE_CHECKING:
     from dendrite.engine.branch import Branch
@@ -44,15 +44,14 @@ class GenerationRequest(GenerateRequest):
     def __init__(
         self,
         branch: Branch,
-        tip: Tip,
         params: SamplingParams,
         *,
         tree: KVTree,
         tokenizer: Tokenizer,
-        key: int,
         num_tokens: int,
         sink: Callable[[str | None], None] | None = None,
     ) -> None:
+        tip = branch.record.tip
         super().__init__(tip, num_tokens)
         self.branch = branch
         self.generation: Generation | None = None
@@ -66,7 +65,11 @@ class GenerationRequest(GenerateRequest):
         context = tree.token_ids(tip)
         self._stream = TextStream(tokenizer, context, params.stop)
         self.row = SampleRow.start(
-            params, key=key, position=tip.length, prompt_ids=context, eos_token_ids=tokenizer.eos_token_ids
+            params,
+            key=branch.record.key_for(params.seed),
+            position=tip.length,
+            prompt_ids=context,
+            eos_token_ids=tokenizer.eos_token_ids,
         )
 
     def accept(self, sampled: Sampled) -> FinishReason | None:
@@ -97,7 +100,7 @@ class GenerationRequest(GenerateRequest):
             finish_reason=reason,
             branch=self.branch,
         )
-        self.branch.record_logprobs(self.generation.logprobs)
+        self.branch.record.logprobs += self.generation.logprobs
 
     def roll_back(self) -> None:
         """Leaves the branch as it was before the call."""

@@ -41,49 +41,40 @@ class Head:
         rows, places = _distinct_rows(reads, hidden)
         logits = self._runner.logits(rows)
         results: dict[int, Result] = {}
-        drawing = [i for i, read in enumerate(reads) if isinstance(read.request, GenerationRequest)]
-        scoring = [i for i, read in enumerate(reads) if isinstance(read.request, ScoreRequest)]
-        if drawing:
-            self._draw(reads, _rows_at(logits, [places[i] for i in drawing]), drawing, results)
-        if scoring:
-            self._score(reads, _rows_at(logits, [places[i] for i in scoring]), scoring, results)
-        return [results[i] for i in range(len(reads))]
+        for kind, compute in ((GenerationRequest, self._draw), (ScoreRequest, _score)):
+            which = [index for index, read in enumerate(reads) if isinstance(read.request, kind)]
+            wanted = _rows_at(logits, [places[index] for index in which]) if which else logits
+            results.update(_spoilt_apart(compute, [(index, reads[index]) for index in which], wanted))
+        return [results[index] for index in range(len(reads))]
 
-    def _draw(self, reads: Sequence[Read], logits: Tensor, which: list[int], results: dict[int, Result]) -> None:
-        states = [request.row for i in which if isinstance(request := reads[i].request, GenerationRequest)]
-        try:
-            results.update(zip(which, self._sampler.sample(logits, states), strict=True))
-        except LogitsError as error:
-            self._without(error, reads, logits, which, results, self._draw)
+    def _draw(self, reads: Sequence[Read], logits: Tensor) -> Sequence[Result]:
+        states = [read.request.row for read in reads if isinstance(read.request, GenerationRequest)]
+        return self._sampler.sample(logits, states)
 
-    def _score(self, reads: Sequence[Read], logits: Tensor, which: list[int], results: dict[int, Result]) -> None:
-        tokens = [_wanted_token(reads[i]) for i in which]
-        try:
-            values = log_softmax_at(logits, torch.tensor(tokens, device=logits.device))
-            results.update(zip(which, values.tolist(), strict=True))
-        except LogitsError as error:
-            self._without(error, reads, logits, which, results, self._score)
 
-    def _without(
-        self,
-        error: LogitsError,
-        reads: Sequence[Read],
-        logits: Tensor,
-        which: list[int],
-        results: dict[int, Result],
-        again: Callable[[Sequence[Read], Tensor, list[int], dict[int, Result]], None],
-    ) -> None:
-        """Gives the spoilt rows their error and reads the others once more."""
+def _score(reads: Sequence[Read], logits: Tensor) -> Sequence[Result]:
+    tokens = [
+        read.request.candidates[read.candidate][read.index] for read in reads if isinstance(read.request, ScoreRequest)
+    ]
+    values: list[float] = log_softmax_at(logits, torch.tensor(tokens, device=logits.device)).tolist()
+    return values
+
+
+def _spoilt_apart(
+    compute: Callable[[Sequence[Read], Tensor], Sequence[Result]], reads: Sequence[tuple[int, Read]], logits: Tensor
+) -> dict[int, Result]:
+    """What `compute` gives for each numbered read; rows it cannot use get the error, and the others their results."""
+    if not reads:
+        return {}
+    try:
+        results = compute([read for _, read in reads], logits)
+        return {index: result for (index, _), result in zip(reads, results, strict=True)}
+    except LogitsError as error:
         spoilt = set(error.rows)
-        results.update((which[row], error) for row in spoilt)
-        good = [row for row in range(len(which)) if row not in spoilt]
-        if good:
-            again(reads, logits[torch.tensor(good, device=logits.device)], [which[row] for row in good], results)
-
-
-def _wanted_token(read: Read) -> int:
-    assert isinstance(read.request, ScoreRequest)
-    return read.request.candidates[read.candidate][read.index]
+        good = [row for row in range(len(reads)) if row not in spoilt]
+        rest = logits[torch.tensor(good, dtype=torch.int64, device=logits.device)]
+        done = _spoilt_apart(compute, [reads[row] for row in good], rest)
+        return done | {reads[row][0]: error for row in spoilt}
 
 
 def _distinct_rows(reads: Sequence[Read], hidden: Tensor | None) -> tuple[Tensor, list[int]]:

@@ -127,7 +127,7 @@ class StepLoop:
             return self._end is None
 
     def _step(self) -> None:
-        """schedule → run → sample → commit."""
+        """One heartbeat: schedule → run → sample → commit."""
         began = time.perf_counter()
         with self.lock:
             self.release_collected()
@@ -184,8 +184,8 @@ class StepLoop:
         self.scheduler.remove(request)
         if isinstance(request, GenerationRequest):
             request.close_sink()
-        if not group.num_open and not group.future.done():
-            group.future.set_result(None)
+        if not group.num_open:
+            group.resolve()
 
     def _end_group(self, group: Group, error: EngineError | None, *, keep: bool = False) -> None:
         """Ends what is left of a call: with an error, or cancelled. Unless kept, every branch of it rolls back."""
@@ -199,11 +199,7 @@ class StepLoop:
                 if not keep and request.tip.status == "idle":
                     request.roll_back()
                 request.close_sink()
-        if group.future.done():
-            return
-        if error is not None:
-            group.future.set_exception(error)
-        elif keep:
-            group.future.set_result(None)
+        if error is not None or keep:
+            group.resolve(error)
         else:
             group.future.cancel()

@@ -34,6 +34,7 @@ class Run:
 
     @property
     def num_rows(self) -> int:
+        """Tokens to compute."""
         return self.end - self.start
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 from dendrite.engine.tree import KVTree, Tip
 
@@ -31,6 +32,7 @@ class GenerateRequest(Request):
         self.num_left = num_left
 
     def demand(self) -> Demand:
+        """The path's own tokens and those still to come."""
         return [(self.tip, max(0, self.num_left - 1), False)]  # the last token needs no slot to be returned
 
 
@@ -49,10 +51,12 @@ class ScoreRequest(Request):
         self.logprobs = [[0.0] * len(candidate) for candidate in self.candidates]
 
     def demand(self) -> Demand:
+        """The path's own tokens and the siblings'."""
         path: Demand = [(self.tip, 0, False)]
         return path + [(self.tip, len(candidate) - 1, True) for candidate in self.candidates if len(candidate) > 1]
 
     def open_siblings(self, tree: KVTree) -> None:
+        """Forks a sibling for every candidate that needs one."""
         for index, candidate in enumerate(self.candidates):
             if len(candidate) > 1:
                 sibling = tree.fork(self.tip)
@@ -60,12 +64,14 @@ class ScoreRequest(Request):
                 self.siblings.append((index, sibling))
 
     def close_siblings(self, tree: KVTree) -> None:
+        """Prunes them: nothing of the score stays."""
         for _, sibling in self.siblings:
             tree.prune(sibling)
         self.siblings.clear()
 
     @property
     def is_complete(self) -> bool:
+        """Whether every token of every candidate has been read."""
         return self.has_base and all(tip.node.num_computed >= tip.offset for _, tip in self.siblings)
 
 
@@ -81,4 +87,13 @@ class Group:
             request.group = self
 
     def demand(self) -> Demand:
+        """Of all its requests."""
         return [entry for request in self.requests for entry in request.demand()]
+
+    def resolve(self, error: BaseException | None = None) -> None:
+        """Wakes the caller, unless it has given up: asyncio cancels the future from its own thread, at any moment."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.future.set_result(None)
+            else:
+                self.future.set_exception(error)

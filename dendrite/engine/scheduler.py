@@ -106,8 +106,8 @@ class Scheduler:
             if not group.requests:
                 self._queue.remove(group)
 
-    def schedule(self) -> Step | None:
-        """The next step, with all its slots placed; None when nothing can be done.
+    def schedule(self) -> Step:
+        """The next step, with all its slots placed.
 
         A request that finds no block for a token (another branch took the shared tail it had counted on) is in
         `failed`; the step is still good for the others.
@@ -127,10 +127,8 @@ class Scheduler:
             if not _is_decoding(request):
                 budget -= builder.add_request(request, budget=budget)
         step = builder.build()
-        if step is None and not failed:
-            return None
-        step = step or Step(None, [], [])
-        step.failed = failed + step.failed
+        step.failed += failed
+        assert step.batch or step.reads or step.failed or not self.running, "nothing can be done for what runs"
         return step
 
     def commit(self, step: Step, hidden: object) -> None:
@@ -212,12 +210,10 @@ class _StepBuilder:
             self._failed.append((request, error))
         return self._num_rows - rows
 
-    def build(self) -> Step | None:
-        """The step, or None if nothing was added."""
+    def build(self) -> Step:
+        """The step made of what was added."""
         runs = [*self._runs.values(), *self._queries.values()]
         if not runs:
-            if not self._waiting and not self._failed:
-                return None
             return Step(None, [], list(self._reads({})), self._failed)
         ordered, plan = plan_runs(self._tree, runs)
         token_ids: list[int] = []

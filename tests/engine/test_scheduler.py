@@ -27,7 +27,6 @@ def generate(scheduler: Scheduler, *tips: Tip, max_tokens: int = 4) -> list[Gene
 def step(scheduler: Scheduler) -> Step:
     """Schedules and commits one step."""
     found = scheduler.schedule()
-    assert found is not None
     scheduler.commit(found, "hidden")
     return found
 

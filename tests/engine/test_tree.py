@@ -246,5 +246,3 @@ def test_a_running_writer_keeps_its_tail_block() -> None:
     assert tree.needs_copy(child.node)
     root.status = "idle"
     assert not tree.needs_copy(child.node)
-
-

@@ -72,8 +72,8 @@ class TreeMachine(RuleBasedStateMachine):
         for tip in some:
             builder.add_request(GenerateRequest(tip, 1), budget=budget)
         step = builder.build()
-        assert step is None or not step.failed
-        if step is None or step.batch is None:
+        assert not step.failed
+        if step.batch is None:
             return
         batch, size = step.batch, self.tree.pool.block_size
         for source, target in batch.copies:

@@ -1,0 +1,289 @@
+"""What happens to branches, behind the handles: check, then change, under the loop's lock.
+
+`Branch` is what a user holds, `BranchRecord` what the engine knows of it. Every method here either does all it says or
+raises and leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dendrite.engine.blocks import BlockPool
+from dendrite.engine.config import EngineConfig, SamplingParams
+from dendrite.engine.errors import BranchError, ContextOverflow, OutOfBlocks, RequestError
+from dendrite.engine.generation import GenerationRequest
+from dendrite.engine.loop import StepLoop
+from dendrite.engine.messages import Message
+from dendrite.engine.random import child_key, root_key
+from dendrite.engine.requests import Group, ScoreRequest
+from dendrite.engine.runner import Runner
+from dendrite.engine.scheduler import Scheduler
+from dendrite.engine.states import explain, next_status
+from dendrite.engine.stats import Stats, take_stats
+from dendrite.engine.text import Tokenizer
+from dendrite.engine.tree import KVTree, Tip
+
+if TYPE_CHECKING:
+    from dendrite.engine.branch import Branch
+
+Sink = Callable[[str | None], None]
+"""Takes pieces of text from the loop's thread as they come, then None."""
+
+
+class BranchRecord:
+    """The engine's side of a branch."""
+
+    __slots__ = ("chat", "key", "logprobs", "num_forks", "salt", "tip")
+
+    def __init__(self, tip: Tip, *, salt: int, key: int, chat: tuple[tuple[Message, ...], int] | None) -> None:
+        self.tip = tip
+        self.salt = salt  # of the root, or of the seed a fork was given
+        self.key = key  # the path of child indices below whoever got the salt
+        self.chat = chat  # the conversation, and the number of tokens it renders to
+        self.num_forks = 0  # child indices are never used twice, so randomness never is
+        self.logprobs: list[float] = []
+
+    def key_for(self, seed: int | None) -> int:
+        """The 64-bit key of this branch's draws: its path under the root's salt, or under `seed`."""
+        return child_key(root_key(seed) if seed is not None else self.salt, self.key)
+
+
+class Core:
+    """One engine's tree, loop and tokenizer, and what may be done with them."""
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.tokenizer = tokenizer
+        self.spec = runner.spec
+        self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size))
+        self.loop = StepLoop(runner, self._tree, Scheduler(self._tree, prefill_chunk=config.prefill_chunk))
+        self._lock = self.loop.lock
+        self._seed = config.seed
+        self._root_numbers = itertools.count()
+
+    # --- the tree ----------------------------------------------------------------------------------------------
+
+    def root(
+        self,
+        text: str | None,
+        messages: Sequence[Message] | None,
+        token_ids: Sequence[int] | None,
+        seed: int | None,
+    ) -> BranchRecord:
+        """A new root on the longest live prefix of its prompt."""
+        tokens = self._prompt_tokens(text, messages, token_ids)
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        self._check_length(len(tokens))
+        chat = (tuple(messages), len(tokens)) if messages is not None else None
+        with self._lock:
+            self.loop.check_open()
+            self.loop.release_collected()
+            tip, num_shared = self._tree.new_root(tokens)
+            try:
+                self._check_blocks(tip)
+            except OutOfBlocks:
+                self._tree.prune(tip)
+                raise
+            self.loop.counters.num_shared += num_shared
+            salt = child_key(root_key(self._seed), next(self._root_numbers)) if seed is None else root_key(seed)
+            return BranchRecord(tip, salt=salt, key=0, chat=chat)
+
+    def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:
+        """`num` records at the same place, or at an earlier one; no block is touched."""
+        if num < 1:
+            raise BranchError(f"fork({num}): give 1 or more")
+        with self._lock:
+            self.loop.check_open()
+            tip = self._live_tip(record)
+            if at is not None and not 1 <= at <= tip.length:
+                raise BranchError(f"fork(at={at}): the branch has {tip.length} tokens; give 1 to {tip.length}")
+            forks = [self._fork_one(record, index, at, seed) for index in range(num)]
+            self.loop.counters.num_forks += num
+            return forks
+
+    def _fork_one(self, record: BranchRecord, index: int, at: int | None, seed: int | None) -> BranchRecord:
+        tip = self._tree.fork(record.tip, at=at)
+        chat = record.chat if at is None or (record.chat is not None and at >= record.chat[1]) else None
+        if seed is None:
+            fork = BranchRecord(tip, salt=record.salt, key=child_key(record.key, record.num_forks), chat=chat)
+        else:
+            fork = BranchRecord(tip, salt=root_key(seed), key=child_key(0, index), chat=chat)
+        record.num_forks += 1
+        return fork
+
+    def append(self, record: BranchRecord, content: str | Sequence[int], *, special: bool) -> None:
+        """Adds text or token ids."""
+        if isinstance(content, str):
+            tokens = self.tokenizer.encode(content, special=special)
+        else:
+            tokens = self._checked_ids(content)
+        with self._lock:
+            self._extend(record, tokens, keep=self._live_tip(record).length)
+
+    def append_messages(self, record: BranchRecord, messages: Sequence[Message]) -> None:
+        """Renders the conversation again with what was generated and `messages`; keeps the common tokens."""
+        with self._lock:
+            tip = self._idle_tip(record)
+            if record.chat is None:
+                raise BranchError("this branch is no conversation: root it with messages=, or append text")
+            before, start = record.chat
+            path = self._tree.token_ids(tip)
+            turns = list(before)
+            if len(path) > start:
+                turns.append({"role": "assistant", "content": self.tokenizer.decode(path[start:])})
+            turns += messages
+            tokens = self.tokenizer.render(turns)
+            keep = max(1, _num_equal(path, tokens))
+            self._extend(record, tokens[keep:], keep=keep)
+            record.chat = (tuple(turns), len(tokens))
+
+    def prune(self, record: BranchRecord) -> None:
+        """Gives the record's blocks back, ending a generation that runs on it; idempotent."""
+        with self._lock:
+            tip = record.tip
+            if tip.status in ("queued", "running"):
+                self.loop.cancel_branch(tip)
+            if tip.status != "pruned":
+                tip.status = next_status(tip.status, "prune")
+                self._tree.prune(tip)
+
+    def _extend(self, record: BranchRecord, tokens: list[int], *, keep: int) -> None:
+        """Cuts the path to its first `keep` tokens and appends; the lock is held."""
+        tip = self._idle_tip(record)
+        self._check_length(keep + len(tokens))
+        self.loop.release_collected()
+        self._check_blocks(tip, keep + len(tokens) - tip.length)
+        self._tree.truncate(tip, keep)
+        if tokens:
+            self._tree.extend(tip, tokens)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def text(self, record: BranchRecord) -> str:
+        """The whole path; special tokens show, but for a BOS that the tokenizer put before raw text."""
+        tokens = self.token_ids(record)
+        is_raw = record.chat is None
+        if is_raw and tokens[0] == self.tokenizer.bos_token_id:
+            tokens = tokens[1:]
+        return self.tokenizer.decode(tokens, special=True)
+
+    def token_ids(self, record: BranchRecord) -> list[int]:
+        """The whole path."""
+        with self._lock:
+            return self._tree.token_ids(self._live_tip(record))
+
+    def num_tokens(self, record: BranchRecord) -> int:
+        """Length of the path."""
+        return self._live_tip(record).length
+
+    def stats(self, depths: Sequence[int], block_size: int) -> Stats:
+        """The picture of this moment; `depths` are those of the live branches."""
+        with self._lock:
+            self.loop.release_collected()
+            return take_stats(self._tree, self.loop.counters, depths, self.spec.bytes_per_token * block_size)
+
+    def check_integrity(self) -> None:
+        """Asserts every invariant of tree and pool."""
+        with self._lock:
+            self.loop.release_collected()
+            self._tree.check_integrity()
+
+    def describe_blocks(self) -> str:
+        """Used and all blocks, for `repr`."""
+        return f"{self._tree.pool.num_used}/{self._tree.pool.num_total}"
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def submit_generations(
+        self, branches: Sequence[Branch], params: SamplingParams, sink: Sink | None = None
+    ) -> tuple[list[GenerationRequest], Group]:
+        """One request a branch, as one group: all of them run, or none."""
+        with self._lock:
+            self.loop.check_open()
+            for branch in branches:
+                next_status(branch.record.tip.status, "submit")
+            requests = [self._generation(branch, params, sink) for branch in branches]
+            return requests, self.loop.submit(requests)
+
+    def _generation(self, branch: Branch, params: SamplingParams, sink: Sink | None) -> GenerationRequest:
+        tip = branch.record.tip
+        room = self.spec.context_length - tip.length
+        if room < 1:
+            raise ContextOverflow(
+                f"the branch has {tip.length} tokens and the model's context holds {self.spec.context_length}: "
+                "nothing can be generated; fork an earlier position with fork(at=...)"
+            )
+        return GenerationRequest(
+            branch,
+            params,
+            tree=self._tree,
+            tokenizer=self.tokenizer,
+            num_tokens=min(params.max_tokens, room),
+            sink=sink,
+        )
+
+    def submit_score(self, record: BranchRecord, choices: Sequence[str]) -> tuple[ScoreRequest, Group]:
+        """One request for all choices."""
+        if isinstance(choices, str) or not choices:
+            raise RequestError("give a list of choices, at least one")
+        candidates = [self.tokenizer.encode(choice) for choice in choices]
+        if not all(candidates):
+            raise RequestError(f"choice {candidates.index([])} is empty: there is nothing to score")
+        with self._lock:
+            tip = self._live_tip(record)
+            self._check_length(tip.length + max(map(len, candidates)))
+            request = ScoreRequest(tip, candidates)
+            return request, self.loop.submit([request])
+
+    # --- checks ------------------------------------------------------------------------------------------------
+
+    def _prompt_tokens(
+        self, text: str | None, messages: Sequence[Message] | None, token_ids: Sequence[int] | None
+    ) -> list[int]:
+        if (text is not None) + (messages is not None) + (token_ids is not None) != 1:
+            raise RequestError("give one of: text, messages=, token_ids=")
+        if messages is not None:
+            return self.tokenizer.render(messages)
+        if text is not None:
+            return self.tokenizer.encode(text, bos=True) if text else []
+        return self._checked_ids(token_ids or ())
+
+    def _live_tip(self, record: BranchRecord) -> Tip:
+        if record.tip.status == "pruned":
+            raise BranchError(explain("pruned"))
+        return record.tip
+
+    def _idle_tip(self, record: BranchRecord) -> Tip:
+        self.loop.check_open()
+        tip = self._live_tip(record)
+        if tip.status != "idle":
+            raise BranchError(explain(tip.status))
+        return tip
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        tokens = list(token_ids)
+        wrong = next((token for token in tokens if not 0 <= token < self.spec.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is out of range: the vocabulary has {self.spec.vocab_size} tokens")
+        return tokens
+
+    def _check_length(self, length: int) -> None:
+        if length > self.spec.context_length:
+            raise ContextOverflow(
+                f"{length} tokens are more than the {self.spec.context_length} that the model's context holds: "
+                "shorten the prompt"
+            )
+
+    def _check_blocks(self, tip: Tip, num_more: int = 0) -> None:
+        pool = self._tree.pool
+        needed = self._tree.demand([(tip, max(0, num_more), False)])
+        if needed > pool.num_free:
+            raise OutOfBlocks(needed, pool.num_free, self._tree.prunable([tip]))
+
+
+def _num_equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
