@@ -27,19 +27,23 @@ NUM_ROWS = PREFIX + 2 * BRANCH
 FIRST_SLOT = NUM_ROWS
 """One block as large as the whole tree, after the trash block of the same size."""
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-"""How far a row's logits may be off, as a part of their length. Real models: 1e-6 in float32, 0.01 in bfloat16."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
+"""How far a row's final hidden state may be off, as a part of its length. SmolLM2-135M: 1e-6 in float32, 0.03 in
+bfloat16, 0.003 in float16; a row that reads its neighbour branch too: around 1."""
 
 
 def probe(model: PreTrainedModel, spec: ModelSpec) -> None:
-    """Run the tree both ways and compare.
+    """Run the tree both ways and compare the decoder's final hidden states.
+
+    The packed run calls the decoder as the runner does; the plain one calls the whole model as `generate` does, so that
+    anything the model does on the way to its decoder is compared as well.
 
     Args:
         model: in eval mode, its attention set to ours.
         spec: the model's dimensions, as read from its configuration.
 
     Raises:
-        ModelError: a layer did not call attention exactly once with the step, or the logits differ.
+        ModelError: a layer did not call attention exactly once with the step, or the states differ.
     """
     tokens = _tokens(spec.vocab_size, model.device)
     family = model.config.model_type
@@ -52,7 +56,7 @@ def probe(model: PreTrainedModel, spec: ModelSpec) -> None:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ModelError(f"{family} models like this one cannot be run: {error}") from error
     if not torch.isfinite(packed).all():
-        raise ModelError(f"this {family} model's logits are not finite: damaged weights, or {spec.dtype} is too small")
+        raise ModelError(f"this {family} model computes NaN or infinity: damaged weights, or {spec.dtype} overflows")
     branches = {"first": (packed[:-BRANCH], left), "second": (packed[-BRANCH:], right[PREFIX:])}
     for name, (ours, reference) in branches.items():
         _compare(family, spec.dtype, name, ours, reference)
@@ -64,13 +68,17 @@ def _tokens(vocab_size: int, device: torch.device) -> Tensor:
 
 
 def _plain(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Both branches' logits by Transformers' own attention, [2, PREFIX + BRANCH, vocab]."""
+    """Both branches by Transformers' own attention: final hidden states, [2, PREFIX + BRANCH, hidden_size]."""
     prefix, left, right = tokens.split((PREFIX, BRANCH, BRANCH))
     rows = torch.stack((torch.cat((prefix, left)), torch.cat((prefix, right))))
-    positions = torch.arange(rows.shape[1], device=tokens.device).unsqueeze(0)
-    with _attention(model, "eager"):
-        logits: Tensor = model(input_ids=rows, position_ids=positions, use_cache=False).logits
-    return logits.float()
+    states: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
+    try:
+        with _attention(model, "eager"):
+            model(input_ids=rows, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return states[0].float()
 
 
 @contextmanager
@@ -83,20 +91,21 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def _packed(model: PreTrainedModel, spec: ModelSpec, tokens: Tensor) -> Tensor:
-    """The logits of the packed tree, [NUM_ROWS, vocab]."""
+    """The packed tree's final hidden states, [NUM_ROWS, hidden_size]."""
     pool = KVPool(spec, num_blocks=1, block_size=NUM_ROWS, device=model.device)
     backend = ReferenceAttention(pool)
     backend.prepare(_plan())
     step = AttentionStep(backend, torch.arange(FIRST_SLOT, FIRST_SLOT + NUM_ROWS, device=model.device))
     positions = [*range(PREFIX + BRANCH), *range(PREFIX, PREFIX + BRANCH)]
-    logits: Tensor = model(
+    output = model.get_decoder()(
         input_ids=tokens.unsqueeze(0),
         position_ids=torch.tensor([positions], device=model.device),
         use_cache=False,
         **{STEP_KEYWORD: step},
-    ).logits[0]
+    )
     step.check_complete(spec.num_layers)
-    return logits.float()
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden.float()
 
 
 def _plan() -> Plan:
@@ -118,6 +127,6 @@ def _compare(family: str, dtype: str, branch: str, ours: Tensor, reference: Tens
     error = float(errors.max() if dtype == "float32" else errors.median())
     if error > TOLERANCE[dtype]:
         raise ModelError(
-            f"{family} models like this one would not run exactly: a packed tree's {branch} branch gives logits that "
-            f"are {error:.1e} off Transformers' own ({dtype}, {TOLERANCE[dtype]:.0e} is allowed)"
+            f"{family} models like this one would not run exactly: a packed tree's {branch} branch is "
+            f"{error:.1e} off Transformers' own ({dtype}, {TOLERANCE[dtype]:.0e} is allowed)"
         )
