@@ -1,0 +1,344 @@
+"""Text to tokens and back, and the text of a generation while its tokens come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, get_args
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as Backend
+
+from dendrite.engine.errors import ModelError, RequestError
+from dendrite.engine.messages import Message, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROLES: tuple[str, ...] = get_args(Role)
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer. All of it may be called from several threads at once."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 up to this, added tokens included."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens with which the model ends its text."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token a text starts with, if the model has one."""
+
+    @property
+    def byte_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for single bytes and are read together with their neighbours; none in most vocabularies."""
+
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: any string.
+            bos: `text` starts a sequence: add what the tokenizer adds there (BOS, a first space). Without it, `text`
+                goes on from other text and stands as it is.
+            special: read special tokens written out in `text` as such, rather than as plain characters.
+        """
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `token_ids`; special tokens are left out unless `special`."""
+
+    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """Token ids of a conversation, up to where the assistant is to speak.
+
+        Args:
+            messages: at least one.
+            continue_last: leave the last message open, to be continued, rather than start a new turn.
+
+        Raises:
+            RequestError: a message without a known role or without text, or an order the template refuses.
+            ModelError: the model has no chat template.
+        """
+
+
+class HFTokenizer:
+    """`Tokenizer` over the Rust backend of a Transformers tokenizer, without the wrapper's overhead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
+        """Take copies of the backend of `tokenizer`, which may go on changing its own.
+
+        Raises:
+            ModelError: it has none.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise ModelError(
+                f"{type(tokenizer).__name__} has no Rust backend (the `tokenizers` library): convert it to a "
+                "tokenizer.json and load the folder again"
+            )
+        self._tokenizer = tokenizer
+        self._description = _description(backend)
+        # `encode_special_tokens` is a switch on the backend itself, so each way to encode has a copy of its own
+        # that never changes once it is made: (starts a sequence, reads special tokens) -> copy.
+        self._backends: dict[tuple[bool, bool], Backend] = {}
+        self._backend = self._variant(starts=True, special=True)
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        bos = tokenizer.bos_token_id
+        self.bos_token_id = bos if isinstance(bos, int) else None
+        self.byte_token_ids = _byte_token_ids(self._backend, self._description)
+
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self._variant(starts=bos, special=special).encode(text, add_special_tokens=bos).ids
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """See `Tokenizer.decode`."""
+        return self._backend.decode(token_ids, skip_special_tokens=not special)
+
+    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+        """See `Tokenizer.render`; special tokens are read in all of the rendered text, as the template needs it."""
+        _check_messages(messages, continue_last=continue_last)
+        try:
+            self._tokenizer.get_chat_template()
+        except ValueError:
+            raise ModelError(
+                f"{self._tokenizer.name_or_path or 'this model'} has no chat template: give its prompt as text, or "
+                "load a model that was tuned for chat"
+            ) from None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": message["role"], "content": message["content"]} for message in messages],
+                tokenize=False,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
+            )
+        except (TemplateError, ValueError) as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        # The template writes BOS itself where the model wants one, so the tokenizer adds nothing.
+        return self._backend.encode(str(text), add_special_tokens=False).ids
+
+    def _variant(self, *, starts: bool, special: bool) -> Backend:
+        found = self._backends.get((starts, special))
+        if found is None:
+            description = self._description if starts else _without_first_space(self._description)
+            found = Backend.from_str(json.dumps(description))
+            found.encode_special_tokens = not special
+            # Two threads may both have made one; either serves.
+            self._backends[starts, special] = found
+        return found
+
+
+def _check_messages(messages: Sequence[object], *, continue_last: bool) -> None:
+    if isinstance(messages, str) or not messages:
+        raise RequestError('messages must be one or more of {"role": ..., "content": ...}')
+    roles = [_checked_role(index, message) for index, message in enumerate(messages)]
+    if continue_last and roles[-1] != "assistant":
+        raise RequestError("only a last message of the assistant can be continued")
+
+
+def _checked_role(index: int, message: object) -> object:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise RequestError(f"messages[{index}]={message!r} cannot be used: it needs a role and a content")
+    if message["role"] not in _ROLES:
+        raise RequestError(f"messages[{index}] has role {message['role']!r}: give one of {', '.join(_ROLES)}")
+    if not isinstance(message["content"], str):
+        raise RequestError(f"messages[{index}] has content {message['content']!r}: give a string")
+    return message["role"]
+
+
+def _description(backend: Backend) -> dict[str, object]:
+    description: dict[str, object] = json.loads(backend.to_str())
+    # Some models' files carry these; they would cut or fill up texts without a word.
+    return {**description, "truncation": None, "padding": None}
+
+
+_PLAIN_START: dict[str, object] = {"add_prefix_space": False, "prepend_scheme": "never"}
+"""Options of the ByteLevel and the Metaspace component that put no space before a text."""
+
+
+def _without_first_space(description: Mapping[str, object]) -> dict[str, object]:
+    """The same tokenizer for text that goes on from other text: no space is put before it."""
+    parts = ("normalizer", "pre_tokenizer")
+    return {**description, **{part: _plain_start(description[part]) for part in parts}}
+
+
+def _plain_start(component: object) -> object:
+    if not isinstance(component, dict):
+        return component
+    if component["type"] == "Prepend":
+        return None
+    changed = {name: _PLAIN_START[name] for name in _PLAIN_START if name in component}
+    for name, members in component.items():
+        if isinstance(members, list) and component["type"] == "Sequence":
+            changed[name] = [kept for member in members if (kept := _plain_start(member)) is not None]
+    return {**component, **changed}
+
+
+def _byte_token_ids(backend: Backend, description: Mapping[str, object]) -> frozenset[int]:
+    if '"ByteFallback"' not in json.dumps(description["decoder"]):
+        return frozenset()
+    token_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token_id for token_id in token_ids if token_id is not None)
+
+
+_HALF = "\ufffd"
+"""What a decoder shows for bytes that are no whole character, or not yet."""
+_LONGEST_OPEN = 64
+"""Tokens that may wait for the rest of a character or of a run of bytes before they are taken as they stand."""
+_LONGEST_CHARACTER = 4
+"""Most tokens that one character can take: its bytes in UTF-8."""
+
+
+class TextStream:
+    """The text of one generation, token by token, with stop strings.
+
+    Tokens are decoded once, in the company of the few before them, and settle when no later token can change them:
+
+        context … | prefix | pending            prefix: decoded before, gives `pending` its surroundings
+                             ▲ settled text ends here; a half character or a run of byte tokens waits
+
+    A generation ends at the first token that completes any of the stop strings; where one token completes several,
+    the text is cut before the one that starts first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int], stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._overlap = max(map(len, stop), default=1) - 1
+        self._prefix = _last_readable(tokenizer, context_ids)
+        self._prefix_text = tokenizer.decode(self._prefix)
+        self._pending: list[int] = []
+        self._in_byte_run = False
+        self._settled = ""
+        self._open = ""
+        self._num_tokens = 0
+        self._num_searched = 0
+        self._marks = [(0, 0)]
+        """(tokens, characters) after which the generation can be cut: the characters are the text of the tokens."""
+        self._end: int | None = None
+        self._num_taken = 0
+        self._finished = False
+
+    @property
+    def text(self) -> str:
+        """The text so far, cut before the stop string once there is one; half characters only after `finish`."""
+        return self._visible[: self._end]
+
+    def push(self, token_id: int) -> bool:
+        """Take the next token; True when it completes a stop string, after which no more tokens are taken."""
+        assert self._end is None
+        assert not self._finished
+        self._pending.append(token_id)
+        self._num_tokens += 1
+        window = self._tokenizer.decode(self._prefix + self._pending)
+        text = window[_common_length(self._prefix_text, window) :]
+        self._replace_open(text, token_id)
+        self._find_stop()
+        self._settle(window)
+        return self._end is not None
+
+    def take(self) -> str:
+        """The text that became safe to show since the last call.
+
+        A half character, a run of byte tokens that may yet turn out to be no text, and what may be the beginning of a
+        stop string are kept back; after a stop or `finish` this gives all the rest.
+        """
+        if self._end is None and not self._finished:
+            safe = min(len(self._settled), len(self._visible) - self._num_maybe_stop())
+        else:
+            safe = len(self.text)
+        new = self._visible[self._num_taken : safe]
+        self._num_taken = max(self._num_taken, safe)
+        return new
+
+    def finish(self) -> None:
+        """No more tokens come: what was kept back is text after all."""
+        self._finished = True
+
+    def keep(self) -> tuple[int, str]:
+        """How to cut the generation at its stop: (whole tokens to keep, characters to append as text after them).
+
+        The text of the context and the kept tokens, and those characters, are together the context's and `text`.
+        """
+        if self._end is None:
+            return self._num_tokens, ""
+        num_tokens, length = next(mark for mark in reversed(self._marks) if mark[1] <= self._end)
+        return num_tokens, self._visible[length : self._end]
+
+    @property
+    def _visible(self) -> str:
+        return self._settled + (self._open if self._finished else self._open.rstrip(_HALF))
+
+    def _replace_open(self, text: str, token_id: int) -> None:
+        """Put `text` in the place of what the pending tokens said before the last one, `token_id`, came."""
+        unchanged = len(self._settled) + _common_length(self._open, text)
+        while self._marks[-1][1] > unchanged:
+            self._marks.pop()
+        self._num_searched = min(self._num_searched, unchanged)
+        if token_id in self._tokenizer.byte_token_ids:
+            self._in_byte_run = True
+        elif text != self._open:
+            # A token without text of its own, a special one, lets the run go on behind it.
+            self._in_byte_run = False
+        self._open = text
+        if not text.endswith(_HALF):
+            self._marks.append((self._num_tokens, len(self._settled) + len(text)))
+
+    def _find_stop(self) -> None:
+        if not self._stop:
+            return
+        start = max(0, self._num_searched - self._overlap)
+        visible = self._settled[start:] + self._open.rstrip(_HALF)[max(0, start - len(self._settled)) :]
+        places = [place for stop in self._stop if (place := visible.find(stop)) >= 0]
+        self._num_searched = start + len(visible)
+        if places:
+            self._end = start + min(places)
+
+    def _settle(self, window: str) -> None:
+        if not self._open.endswith(_HALF) and not self._in_byte_run:
+            self._advance(len(self._pending), self._open)
+        elif len(self._pending) > _LONGEST_OPEN:
+            for num_tokens in range(len(self._pending) - _LONGEST_CHARACTER, 0, -1):
+                text = self._tokenizer.decode(self._prefix + self._pending[:num_tokens])
+                if window.startswith(text) and text.startswith(self._prefix_text):
+                    self._advance(num_tokens, text[len(self._prefix_text) :])
+                    return
+
+    def _advance(self, num_tokens: int, text: str) -> None:
+        """Settle the first pending tokens, whose text is `text`; they become the prefix."""
+        prefix, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
+        self._settled += text
+        self._open = self._open[len(text) :]
+        if not text:
+            return
+        prefix_text = self._tokenizer.decode(prefix)
+        if not prefix_text:
+            # A first space that decoders drop: alone it would give what follows no surroundings.
+            prefix = (self._prefix + prefix)[-_LONGEST_OPEN:]
+            prefix_text = self._tokenizer.decode(prefix)
+        self._prefix, self._prefix_text = prefix, prefix_text
+
+    def _num_maybe_stop(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        tail = self._visible[-self._overlap :] if self._overlap else ""
+        lengths = (
+            n for stop in self._stop for n in range(min(len(stop) - 1, len(tail)), 0, -1) if tail.endswith(stop[:n])
+        )
+        return max(lengths, default=0)
+
+
+def _common_length(first: str, second: str) -> int:
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
+
+
+def _last_readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """Enough of the last tokens to decode what follows as if all of them stood before it."""
+    start = max(0, len(token_ids) - 2 * _LONGEST_CHARACTER)
+    while start and (token_ids[start] in tokenizer.byte_token_ids or not tokenizer.decode(token_ids[start:])):
+        start = max(0, start - _LONGEST_CHARACTER)
+    return list(token_ids[start:])
