@@ -25,7 +25,7 @@ from dendrite.engine.errors import ModelError
 from dendrite.engine.probe import probe
 from dendrite.engine.registry import Location, ModelStore
 from dendrite.engine.spec import ModelSpec
-from dendrite.engine.structure import check_structure, context_length, has_window
+from dendrite.engine.structure import check_modules, check_structure, context_length, has_window
 
 DTYPES = ("float32", "bfloat16", "float16")
 SMALL_BYTES = 1 << 30
@@ -79,6 +79,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", store: M
     tokenizer = _tokenizer(location)
     with _one_thread_if_small(location.path):
         model = _model(location, config, chosen).to(device=target)  # type: ignore[call-arg]
+        check_modules(model)
         spec = _spec(location.name, model, chosen)
         probe(model, spec)
     return LoadedModel(spec, model, tokenizer, _eos_token_ids(model, tokenizer), location.path, location.source)

@@ -93,7 +93,7 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def _packed(model: PreTrainedModel, spec: ModelSpec, tokens: Tensor) -> Tensor:
     """The packed tree's final hidden states, [NUM_ROWS, hidden_size]."""
     pool = KVPool(spec, num_blocks=1, block_size=NUM_ROWS, device=model.device)
-    backend = ReferenceAttention(pool)
+    backend = ReferenceAttention(pool, spec)
     backend.prepare(_plan())
     step = AttentionStep(backend, torch.arange(FIRST_SLOT, FIRST_SLOT + NUM_ROWS, device=model.device))
     positions = [*range(PREFIX + BRANCH), *range(PREFIX, PREFIX + BRANCH)]

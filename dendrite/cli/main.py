@@ -1,0 +1,27 @@
+"""`dendrite`: one application, one module for each command.
+
+    main.py ──► models.py      dendrite models list | fetch | remove
+            └─► ...            a command adds itself with one line below
+
+A command's module imports nothing heavy at its top, and puts `with errors_shown():` around its work.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from dendrite.cli import models
+
+app = typer.Typer(
+    name="dendrite",
+    help="An LLM engine for agents that search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(models.app, name="models")
+
+
+@app.callback()
+def main() -> None:
+    """Keep `dendrite COMMAND` the form even while there is one command only."""
