@@ -30,7 +30,7 @@ class Branch:
         print(a.generate(max_tokens=16).text)
     """
 
-    __slots__ = ("__weakref__", "_children", "depth", "engine", "parent", "record", "value")
+    __slots__ = ("__weakref__", "_children", "engine", "parent", "record", "value")
 
     def __init__(self, engine: Engine, record: BranchRecord, parent: Branch | None) -> None:
         self.engine: Engine = engine
@@ -38,18 +38,21 @@ class Branch:
         """The engine's side of this branch; not for users."""
         self.parent: Branch | None = parent
         """The branch this one was forked from; None for a root."""
-        self.depth: int = parent.depth + 1 if parent is not None else 0
-        """Forks between the root and this branch."""
         self.value: float | None = None
         """Whatever the user thinks of it; searches keep their scores here."""
-        self._children: weakref.WeakValueDictionary[int, Branch] = weakref.WeakValueDictionary()
+        self._children: weakref.WeakValueDictionary[int, Branch] | None = None  # most branches are never forked
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
     @property
     def children(self) -> list[Branch]:
         """The forks of this branch that are live, oldest first."""
-        return [child for child in self._children.values() if child.status != "pruned"]
+        return [child for child in (self._children or {}).values() if child.status != "pruned"]
+
+    @property
+    def depth(self) -> int:
+        """Forks between the root and this branch."""
+        return self.record.tip.depth or 0
 
     @property
     def status(self) -> Status:
@@ -73,11 +76,12 @@ class Branch:
             BranchError: `n` is below 1, `at` is out of range, or the branch was pruned.
             EngineClosed: the engine was closed.
         """
-        first = self.record.num_forks
         records = self.engine.core.fork(self.record, 1 if n is None else n, at, seed)
         forks = [Branch(self.engine, record, self) for record in records]
-        self._children.update(enumerate(forks, first))
-        self.engine.track(forks)
+        with self.engine.core.loop.lock:
+            if self._children is None:
+                self._children = weakref.WeakValueDictionary()
+            self._children.update((id(fork), fork) for fork in forks)
         return forks[0] if n is None else forks
 
     def append(

@@ -87,6 +87,7 @@ class Core:
                 self._tree.prune(tip)
                 raise
             self.loop.counters.num_shared += num_shared
+            tip.depth = 0
             salt = child_key(root_key(self._seed), next(self._root_numbers)) if seed is None else root_key(seed)
             return BranchRecord(tip, salt=salt, key=0, chat=chat)
 
@@ -105,6 +106,7 @@ class Core:
 
     def _fork_one(self, record: BranchRecord, index: int, at: int | None, seed: int | None) -> BranchRecord:
         tip = self._tree.fork(record.tip, at=at)
+        tip.depth = (record.tip.depth or 0) + 1
         chat = record.chat if at is None or (record.chat is not None and at >= record.chat[1]) else None
         if seed is None:
             fork = BranchRecord(tip, salt=record.salt, key=child_key(record.key, record.num_forks), chat=chat)
@@ -178,11 +180,11 @@ class Core:
         """Length of the path."""
         return self._live_tip(record).length
 
-    def stats(self, depths: Sequence[int], block_size: int) -> Stats:
-        """The picture of this moment; `depths` are those of the live branches."""
+    def stats(self) -> Stats:
+        """The picture of this moment."""
         with self._lock:
             self.loop.release_collected()
-            return take_stats(self._tree, self.loop.counters, depths, self.spec.bytes_per_token * block_size)
+            return take_stats(self._tree, self.loop.counters, self.spec.bytes_per_token)
 
     def check_integrity(self) -> None:
         """Asserts every invariant of tree and pool."""

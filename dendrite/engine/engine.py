@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -42,8 +42,6 @@ class Engine:
         self.spec = runner.spec
         self.core = Core(runner, tokenizer, self.config)
         """What branches call; not for users."""
-        self._block_size = runner.block_size
-        self._branches: weakref.WeakSet[Branch] = weakref.WeakSet()
         self._close = weakref.finalize(self, _close, self.core.loop, runner)
 
     @classmethod
@@ -125,13 +123,7 @@ class Engine:
             ModelError: the model has no chat template.
             EngineClosed, EngineDead: the engine runs no more.
         """
-        branch = Branch(self, self.core.root(text, messages, token_ids, seed), None)
-        self.track([branch])
-        return branch
-
-    def track(self, branches: Iterable[Branch]) -> None:
-        """Counts branches in `stats` while they live; called by whoever makes them."""
-        self._branches.update(branches)
+        return Branch(self, self.core.root(text, messages, token_ids, seed), None)
 
     def generate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Generates onto every branch, all in one batch with whatever else is in flight.
@@ -235,8 +227,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Blocks, tokens, shape of the tree and running totals, as they are now."""
-        depths = [branch.depth for branch in list(self._branches) if branch.status != "pruned"]
-        return self.core.stats(depths, self._block_size)
+        return self.core.stats()
 
     def check_integrity(self) -> None:
         """Asserts every invariant of tree and pool: reference counts, reachable tokens, free + used = total."""

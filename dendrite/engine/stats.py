@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dendrite.engine.requests import ScoreRequest
@@ -79,20 +78,21 @@ class Stats:
         return self.tokens_sampled / self.busy_seconds if self.busy_seconds else 0.0
 
 
-def take_stats(tree: KVTree, counters: Counters, depths: Iterable[int], block_bytes: int) -> Stats:
+def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
     """The picture of this moment; the engine's lock is held."""
     pool = tree.pool
+    held = [(tip.depth, tip.length) for tip in tree.tips if tip.depth is not None]
     return Stats(
         blocks_total=pool.num_total,
         blocks_used=pool.num_used,
         blocks_free=pool.num_free,
         blocks_peak=counters.peak_blocks,
-        block_bytes=block_bytes,
-        branches=len(tree.tips),
+        block_bytes=bytes_per_token * pool.block_size,
+        branches=len(held),
         nodes=len(tree.nodes),
-        logical_tokens=sum(tip.length for tip in tree.tips),
+        logical_tokens=sum(length for _, length in held),
         physical_tokens=sum(node.num_placed for node in tree.nodes.values()),
-        depth_histogram=dict(sorted(Counter(depths).items())),
+        depth_histogram=dict(sorted(Counter(depth for depth, _ in held).items())),
         ref_counts=dict(sorted(Counter(node.ref_count for node in tree.nodes.values()).items())),
         copy_on_writes=tree.num_copies,
         forks=counters.num_forks,

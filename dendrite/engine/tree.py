@@ -75,12 +75,13 @@ class KVNode:
 class Tip:
     """Where a branch ends: after `offset` tokens of `node`."""
 
-    __slots__ = ("node", "offset", "status")
+    __slots__ = ("depth", "node", "offset", "status")
 
     def __init__(self, node: KVNode, offset: int) -> None:
         self.node = node
         self.offset = offset
         self.status: Status = "idle"
+        self.depth: int | None = None  # in the user's tree; None for what no user holds
 
     @property
     def length(self) -> int:
