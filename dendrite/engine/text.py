@@ -80,6 +80,7 @@ class HFTokenizer:
             )
         self._tokenizer = tokenizer
         self._description = _description(backend)
+        self._inner_description = _without_first_space(self._description)
         # `encode_special_tokens` is a switch on the backend itself, so each way to encode has a copy of its own
         # that never changes once it is made: (starts a sequence, reads special tokens) -> copy.
         self._backends: dict[tuple[bool, bool], Backend] = {}
@@ -121,9 +122,10 @@ class HFTokenizer:
         return self._backend.encode(str(text), add_special_tokens=False).ids
 
     def _variant(self, *, starts: bool, special: bool) -> Backend:
+        starts = starts or self._inner_description == self._description
         found = self._backends.get((starts, special))
         if found is None:
-            description = self._description if starts else _without_first_space(self._description)
+            description = self._description if starts else self._inner_description
             found = Backend.from_str(json.dumps(description))
             found.encode_special_tokens = not special
             # Two threads may both have made one; either serves.
