@@ -1,0 +1,1 @@
+"""Attention over the paged pool: one narrow interface, several back ends that agree."""

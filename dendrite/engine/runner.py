@@ -1,0 +1,134 @@
+"""Executes a batch: token ids in, final hidden rows out, K/V kept in the pool."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dendrite.engine.attention.base import AttentionBackend, AttentionStep
+from dendrite.engine.attention.cpu import TreeAttention
+from dendrite.engine.attention.interface import STEP_KEYWORD
+from dendrite.engine.batch import Batch
+from dendrite.engine.kv_pool import KVPool, num_blocks_for
+from dendrite.engine.spec import ModelSpec
+
+
+class Runner(Protocol):
+    """What the engine needs of whatever runs a model; a scripted one stands in for tests."""
+
+    spec: ModelSpec
+    num_blocks: int
+    """Usable K/V blocks, ids 1 to `num_blocks`; the trash block comes on top."""
+    block_size: int
+
+    def run(self, batch: Batch) -> Tensor:
+        """Compute a step; the final hidden states of its output rows, [num_outputs, hidden_size]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head over hidden states [n, hidden_size]: [n, vocab_size]."""
+
+    def close(self) -> None:
+        """Give the model and the pool back."""
+
+
+class TorchRunner:
+    """Runs Transformers' modules over the pool, tokens packed as one row `[1, num_rows]`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        *,
+        kv_memory: int | None,
+        block_size: int,
+        attention: Callable[[KVPool, ModelSpec], AttentionBackend] = TreeAttention,
+    ) -> None:
+        """Take a model that was loaded with `attn_implementation="dendrite"` and allocate its pool.
+
+        Raises:
+            RequestError: `kv_memory` or `block_size` is too small for a single block.
+        """
+        num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size)
+        self.spec = spec
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._device = model.device
+        self._pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=model.device)
+        self._backend = attention(self._pool, spec)
+        self._decoder: nn.Module = model.get_decoder()
+        self._head = _head_of(model, self._decoder)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Copy blocks, run the layers, keep the rows' K/V.
+
+        Returns:
+            [num_outputs, hidden_size], after the final norm, in the order of `batch.output_rows`.
+
+        Raises:
+            ModelError: a layer did not attend exactly once.
+        """
+        with torch.inference_mode():
+            self._pool.copy_blocks(batch.copies)
+            self._backend.prepare(batch.plan)
+            step = AttentionStep(self._backend, self._tensor(batch.slots))
+            output = self._decoder(
+                input_ids=self._tensor(batch.token_ids).unsqueeze(0),
+                position_ids=self._tensor(batch.positions).unsqueeze(0),
+                use_cache=False,
+                **{STEP_KEYWORD: step},
+            )
+            step.check_complete(self.spec.num_layers)
+            hidden: Tensor = output.last_hidden_state[0]
+            return hidden.index_select(0, self._tensor(batch.output_rows))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the model's own head, with whatever its family does after it (scales, biases).
+
+        Args:
+            hidden: [n, hidden_size], rows that `run` returned.
+
+        Returns:
+            [n, vocab_size], in the model's dtype.
+        """
+        with torch.inference_mode():
+            logits: Tensor = self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+            return logits[0]
+
+    def close(self) -> None:
+        """Drop the model and the pool; the runner cannot be used again."""
+        del self._decoder, self._head, self._backend, self._pool
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+class _Given(nn.Module):
+    """Stands where the decoder was: what comes in as embeddings goes out as the final hidden state."""
+
+    def forward(self, *, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
+        """Return `inputs_embeds` [1, n, hidden_size] unchanged."""
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _head_of(model: nn.Module, decoder: nn.Module) -> nn.Module:
+    """A shallow copy of the model that shares everything but its decoder, which only passes hidden states on.
+
+    model ── lm_head            copy ── lm_head (shared)
+          └─ model (decoder)         └─ model: _Given
+    """
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    return _replaced(model, path.split("."), _Given())
+
+
+def _replaced(module: nn.Module, path: list[str], leaf: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = dict(module.named_children())  # a copy shares the dictionary itself
+    name = path[0]
+    setattr(clone, name, leaf if len(path) == 1 else _replaced(module.get_submodule(name), path[1:], leaf))
+    return clone

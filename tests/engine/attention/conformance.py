@@ -1,0 +1,168 @@
+"""What every attention back end must do: a random tree in a pool, and the definition of attention to compare with.
+
+Trees are drawn in tokens. Some of their tokens are in the pool already, others are rows of the step. The pool is full
+of NaNs wherever no token of the tree lies, so that a back end that reads beyond its keys shows it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dendrite.engine.attention.base import AttentionBackend
+from dendrite.engine.batch import Plan, Segment
+from dendrite.engine.kv_pool import KVPool
+from dendrite.engine.spec import ModelSpec
+
+
+@dataclass
+class Node:
+    """Tokens below a parent: `num_keys` in all, the last `num_rows` of them queries of this step."""
+
+    num_keys: int
+    num_rows: int = 0
+    children: list[Node] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    """A planned tree with its queries, and where each row's keys lie."""
+
+    pool: KVPool
+    spec: ModelSpec
+    plan: Plan
+    row_slots: list[list[int]]
+    query: Tensor  # [num_rows, num_heads, head_dim]
+
+
+def star(num_leaves: int, trunk: int, leaf: int) -> Node:
+    """One trunk, decoding leaves: the shape of sampling n answers."""
+    return Node(trunk, children=[Node(leaf, 1) for _ in range(num_leaves)])
+
+
+def balanced(depth: int, width: int, num_keys: int) -> Node:
+    """Every node branches alike; only leaves decode."""
+    if depth == 0:
+        return Node(num_keys, 1)
+    return Node(num_keys, children=[balanced(depth - 1, width, num_keys) for _ in range(width)])
+
+
+def chain(depth: int, num_keys: int) -> Node:
+    """One deep path."""
+    node = Node(num_keys, 1)
+    for _ in range(depth):
+        node = Node(num_keys, children=[node])
+    return node
+
+
+def comb(depth: int, num_keys: int) -> Node:
+    """A deep path with a decoding leaf at every node."""
+    node = Node(num_keys, 1)
+    for _ in range(depth):
+        node = Node(num_keys, children=[Node(num_keys, 1), node])
+    return node
+
+
+def drawn(rng: random.Random, depth: int = 4) -> Node:
+    """Any tree: mixed lengths, chunks above and beside decoding leaves."""
+    num_keys = rng.choice([1, 1, 2, 7, 16, 33, 150])
+    num_rows = rng.choice([0, 1, num_keys, rng.randint(1, num_keys)])
+    num_children = rng.randint(0, 3) if depth else 0
+    if not num_children:
+        num_rows = max(num_rows, 1)
+    return Node(num_keys, num_rows, [drawn(rng, depth - 1) for _ in range(num_children)])
+
+
+def make_case(
+    tree: Node,
+    rng: random.Random,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    block_size: int = 4,
+    dtype: str = "float32",
+    is_scattered: bool = False,
+) -> Case:
+    """Place a tree into a pool, contiguous or scattered block by block, and plan it."""
+    layout = _Layout(rng, block_size, is_scattered=is_scattered)
+    layout.place(tree, [])
+    spec = ModelSpec("case", 2, num_heads, num_kv_heads, head_dim, num_heads * head_dim, 8, 1 << 20, dtype)
+    num_blocks = max(layout.last_block, 1)
+    pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu"))
+    pool.data.fill_(torch.nan)
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    used = torch.tensor(sorted({slot for slots in layout.row_slots for slot in slots}))
+    shape = (*pool.data.shape[:3], len(used), head_dim)
+    pool.data[:, :, :, used] = torch.randn(shape, generator=generator).to(pool.data.dtype)
+    query = torch.randn((len(layout.row_slots), num_heads, head_dim), generator=generator).to(pool.data.dtype)
+    return Case(pool, spec, Plan(len(layout.row_slots), tuple(layout.segments)), layout.row_slots, query)
+
+
+class _Layout:
+    """Gives every node blocks of its own and cuts it into segments."""
+
+    def __init__(self, rng: random.Random, block_size: int, *, is_scattered: bool) -> None:
+        self._rng = rng
+        self._block_size = block_size
+        self._gap = 2 if is_scattered else 0
+        self.last_block = 0
+        self.segments: list[Segment] = []
+        self.row_slots: list[list[int]] = []
+
+    def place(self, node: Node, path: list[int]) -> None:
+        slots = self._slots(node.num_keys)
+        row_start, index = len(self.row_slots), len(self.segments)
+        for key in range(node.num_keys - node.num_rows, node.num_keys):
+            self.row_slots.append([*path, *slots[: key + 1]])
+        for child in node.children:
+            self.place(child, path + slots)
+        if len(self.row_slots) > row_start:
+            segment = Segment(_spans(slots), node.num_keys, row_start, len(self.row_slots), node.num_rows)
+            self.segments.insert(index, segment)
+
+    def _slots(self, num_keys: int) -> list[int]:
+        """Slots that start anywhere in a block, as a node's do after a copy-on-write."""
+        first = self._rng.randrange(self._block_size)
+        slots = []
+        for key in range(first, first + num_keys):
+            if key == first or key % self._block_size == 0:
+                self.last_block += 1 + self._rng.randint(0, self._gap)
+            slots.append(self.last_block * self._block_size + key % self._block_size)
+        return slots
+
+
+def _spans(slots: list[int]) -> tuple[tuple[int, int], ...]:
+    spans: list[tuple[int, int]] = []
+    for slot in slots:
+        if spans and spans[-1][1] == slot:
+            spans[-1] = (spans[-1][0], slot + 1)
+        else:
+            spans.append((slot, slot + 1))
+    return tuple(spans)
+
+
+def expected(case: Case, layer: int, scale: float) -> Tensor:
+    """Attention by its definition, float64: [num_rows, num_heads, head_dim]."""
+    group = case.spec.num_heads // case.spec.num_kv_heads
+    rows = []
+    for query, slots in zip(case.query.double(), case.row_slots, strict=True):
+        keys, values = case.pool.data[layer][:, :, slots].double().repeat_interleave(group, dim=1)
+        weights = torch.softmax(torch.einsum("hd,hkd->hk", query, keys) * scale, dim=-1)
+        rows.append(torch.einsum("hk,hkd->hd", weights, values))
+    return torch.stack(rows)
+
+
+def assert_conforms(backend: Callable[[KVPool, ModelSpec], AttentionBackend], case: Case, tolerance: float) -> None:
+    """Prepare once, run every layer, compare each with the definition."""
+    made = backend(case.pool, case.spec)
+    made.prepare(case.plan)
+    for layer in range(case.spec.num_layers):
+        output = made.run(layer, case.query, 0.3)
+        assert output.shape == case.query.shape
+        assert output.dtype == case.query.dtype
+        torch.testing.assert_close(output.double(), expected(case, layer, 0.3), rtol=0, atol=tolerance)
