@@ -17,9 +17,9 @@ Read = Literal["expected", "argmax"]
 
 
 class Choice:
-    """A score that is read from the model: its opinion over labels, each worth a number.
+    r"""A score that is read from the model: its opinion over labels, each worth a number.
 
-        dd.Choice({"sure": 1.0, "maybe": 0.3, "no": 0.0}, "\\nCan this reach 24?")
+        dd.Choice({"sure": 1.0, "maybe": 0.3, "no": 0.0}, "\nCan this reach 24?")
 
     The question is put after the node's transcript on a temporary branch, and the log-probabilities of all labels are
     taken in one pass. After text that does not end in white space, a label is read with a space before it. A softmax
@@ -36,7 +36,8 @@ class Choice:
         read: `"expected"` weighs every label's worth by its probability, `"argmax"` takes the likeliest label's.
 
     Raises:
-        ProgramError: no labels, an empty or repeated one, a worth that is not finite, or a normalisation that cannot be.
+        ProgramError: no labels, an empty or repeated one, a worth that is not finite, or options that exclude each
+            other.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Choice:
             raise ProgramError(f"a Choice with {asked} needs a question: it is all that the model then reads")
         if fresh and normalize == "unconditional":
             raise ProgramError(
-                'normalize="unconditional" subtracts what the question alone says, which with fresh=True is everything: '
-                'use "mean" or "sum"'
+                'normalize="unconditional" subtracts what the question alone says, and with fresh=True nothing else is '
+                'said: use "mean" or "sum"'
             )
 
     def continuations(self, transcript: str) -> list[str]:
@@ -117,7 +118,7 @@ def _worths(labels: Mapping[str, float] | Sequence[str]) -> Mapping[str, float]:
         last = max(1, len(labels) - 1)
         labels = {label: 1.0 - index / last for index, label in enumerate(labels)}
     for label, worth in labels.items():
-        if not isinstance(label, str) or not label.strip():
+        if not str(label).strip():
             raise ProgramError(f"the label {label!r} of a Choice is empty: give text that the model can say")
         if not math.isfinite(worth):
             raise ProgramError(f"the label {label!r} of a Choice is worth {worth}: give a finite number")

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class OutOfBudget(BaseException):
-    """The budget ended inside a user's function, in `Node.ask`. Not an Exception: `except Exception` must not eat it."""
+    """The budget ended in `Node.ask`. Not an Exception, so that a user's `except Exception` does not eat it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Function:
             name=getattr(inner, "__qualname__", type(call).__name__).rpartition("<locals>.")[2],
             file=code.co_filename if code else "unknown file",
             line=code.co_firstlineno if code else 0,
-            is_async=inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(call, "__call__", None)),  # noqa: B004
+            is_async=inspect.iscoroutinefunction(inner),
         )
 
     @property
@@ -85,7 +85,7 @@ class Function:
 
 
 def plain(call: Callable[..., object]) -> Callable[..., object]:
-    """The function under bound methods, partials and `functools.wraps`."""
+    """The function under bound methods, partials, `functools.wraps` and callable objects."""
     while True:
         if isinstance(call, functools.partial):
             call = call.func
@@ -93,6 +93,8 @@ def plain(call: Callable[..., object]) -> Callable[..., object]:
             call = call.__func__
         elif hasattr(call, "__wrapped__"):
             call = call.__wrapped__
+        elif not inspect.isroutine(call) and not isinstance(call, type):
+            call = type(call).__call__
         else:
             return call
 
@@ -108,9 +110,9 @@ def named(nodes: Sequence[Node[object]]) -> str:
 async def run_each(
     function: Function, nodes: Sequence[Node[object]], *, concurrency: int | None = None
 ) -> list[object]:
-    """Call `function` once for each node: what it returned, in order, or the `CallbackError`, `Reject` or
-    `OutOfBudget` it ended with instead.
+    """Call `function` once for each node; answers in order.
 
+    An answer is what it returned, or the `CallbackError`, `Reject` or `OutOfBudget` that it ended with instead.
     Synchronous calls go one after the other. Asynchronous ones run at the same time, at most `concurrency` of them.
     Any other error is raised, and ends them all.
     """

@@ -124,18 +124,19 @@ def expand(
     when: Callable[[Node[S]], bool] | None = None,
     prior: float = 1.0,
 ) -> Callable[..., object]:
-    """Say what a node's children continue. A program may have several; they add up.
+    r"""Say what a node's children continue. A program may have several; they add up.
 
-        @dd.expand(width=5, max_tokens=32, stop="\\n")
+        @dd.expand(width=5, max_tokens=32, stop="\n")
         def step(node: dd.Node) -> str:          # a cue: text, or chat messages
-            return "\\nStep:"
+            return "\nStep:"
 
-        dd.expand(cue="\\nStep:", width=5)        # a part by itself, where the cue is always the same
+        dd.expand(cue="\nStep:", width=5)        # a part by itself, where the cue is always the same
 
     The function, plain or async, takes a `Node` and returns a cue (`str` or messages), a `Gen`, or a list of `Child`ren
     that it made itself.
 
     Args:
+        f: the function, where the decorator is used without options.
         cue: what the children continue, in place of a function.
         width: how many children are generated; a list of `Child`ren has its own length.
         max_tokens: most tokens of a child.
@@ -155,16 +156,17 @@ def observe(f: F, /) -> F: ...
 @overload
 def observe(*, concurrency: int | None = None) -> Callable[[F], F]: ...
 def observe(f: Callable[..., object] | None = None, /, *, concurrency: int | None = None) -> Callable[..., object]:
-    """Look at every finished child once: parse it, call tools, give its state.
+    r"""Look at every finished child once: parse it, call tools, give its state.
 
         @dd.observe(concurrency=4)
         async def use_tool(node: dd.Node[Trip]) -> dd.Outcome[Trip]:
-            return dd.Outcome(node.state, append=f"\\nObservation: {await call(node.text)}")
+            return dd.Outcome(node.state, append=f"\nObservation: {await call(node.text)}")
 
     The function, plain or async, takes the child, whose state is still its parent's (or what its `Child` gave), and
     returns the new state or an `Outcome`; `raise dd.Reject(why)` drops the child.
 
     Args:
+        f: the function, where the decorator is used without options.
         concurrency: most calls of an async function at the same time; None is no limit.
     """
     mark = ObserveMark(concurrency=concurrency)
@@ -178,16 +180,17 @@ def score(*, batch: int | None = None, weight: float = 1.0) -> Callable[[F], F]:
 def score(
     f: Callable[..., object] | None = None, /, *, batch: int | None = None, weight: float = 1.0
 ) -> Callable[..., object]:
-    """Say how good a node is. A program may have several; a node's value is their weighted sum.
+    r"""Say how good a node is. A program may have several; a node's value is their weighted sum.
 
         @dd.score
         def value(node: dd.Node) -> dd.Choice:
-            return dd.Choice({"sure": 1.0, "maybe": 0.3, "no": 0.0}, "\\nCan this reach 24?")
+            return dd.Choice({"sure": 1.0, "maybe": 0.3, "no": 0.0}, "\nCan this reach 24?")
 
     The function, plain or async, takes a `Node` and returns a number, or a `Choice` that is read from the model. One
     that takes a `Sequence[Node]` returns as many numbers.
 
     Args:
+        f: the function, where the decorator is used without options.
         batch: most nodes of one call of a function that takes a sequence; None gives it all there are.
         weight: what its score is multiplied by.
     """
@@ -209,6 +212,7 @@ def prune(f: Callable[..., object] | None = None, /, *, keep: int | None = None)
             return nodes[:1]
 
     Args:
+        f: the function, where the decorator is used without options.
         keep: how many survive, of the whole frontier. On a function, `@dd.prune(keep=3)` cuts what it returns.
     """
     mark = PruneMark(keep=keep)

@@ -19,11 +19,12 @@ ended within it; `pruned` because others were better."""
 
 
 class Node(Generic[S_co]):
-    """A step of a search, as the functions of a program see it. Made by the search; `dendrite.testing.node` for tests.
+    r"""A step of a search, as the functions of a program see it. Made by the search; `dendrite.testing.node` for tests.
 
-        @dd.expand(width=5, stop="\\n")
+    Example:
+        @dd.expand(width=5, stop="\n")
         def step(node: dd.Node[Game]) -> str:
-            return f"\\nLeft: {node.state.left}. Step:"
+            return f"\nLeft: {node.state.left}. Step:"
     """
 
     __slots__ = ("__weakref__", "_step")
@@ -109,9 +110,9 @@ class Node(Generic[S_co]):
         stop: str | Sequence[str] = (),
         temperature: float = 0.0,
     ) -> Generation:
-        """Ask the model a side question. It leaves nothing behind: the search goes on as if it had not been asked.
+        r"""Ask the model a side question. It leaves nothing behind: the search goes on as if it had not been asked.
 
-            reply = await node.ask(f"Possible next steps from {node.state.left}:\\n", fresh=True, max_tokens=100)
+            reply = await node.ask(f"Possible next steps from {node.state.left}:\n", fresh=True, max_tokens=100)
 
         Several asks may run at the same time (`asyncio.gather`); they share the engine's batches.
 

@@ -1,16 +1,16 @@
 """The tree operations that a program compiles to. The search loop executes this list; `explain()` prints it.
 
-    Open                    the root: the prompt as a user's turn
-    Loop(strategy)          asks for expansions and selections until it has enough
-      Propose               what each node's children continue
-      Append                the cue, once, on a fork of the node
-      Fork                  one branch a child
-      Generate              all children of the round in one batch
-      Observe               parse, call tools; state, terminal, goal
-      Score                 a number, or a Choice read from the model
-      Select                the survivors of the frontier
-      Release               prunes what the strategy let go of
-    Return                  the best path stays, the rest is pruned
+Open                    the root: the prompt as a user's turn
+Loop(strategy)          asks for expansions and selections until it has enough
+  Propose               what each node's children continue
+  Append                the cue, once, on a fork of the node
+  Fork                  one branch a child
+  Generate              all children of the round in one batch
+  Observe               parse, call tools; state, terminal, goal
+  Score                 a number, or a Choice read from the model
+  Select                the survivors of the frontier
+  Release               prunes what the strategy let go of
+Return                  the best path stays, the rest is pruned
 """
 
 from __future__ import annotations

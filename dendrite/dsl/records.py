@@ -12,11 +12,11 @@ from dendrite.engine.errors import ProgramError
 
 @dataclass(frozen=True)
 class Gen:
-    """What a child continues, returned by `@expand`: a cue, then generated text.
+    r"""What a child continues, returned by `@expand`: a cue, then generated text.
 
-        @dd.expand(width=5, stop="\\n")
+        @dd.expand(width=5, stop="\n")
         def step(node: dd.Node) -> dd.Gen:
-            return dd.Gen("\\nStep:", max_tokens=32)
+            return dd.Gen("\nStep:", max_tokens=32)
 
     `choices`, `regex`, `grammar` and `schema` constrain the text. They come with a later version: a search that meets
     one raises `ProgramError`; a unit test of the function may read them already.
@@ -40,11 +40,12 @@ class Gen:
 
 @dataclass(frozen=True)
 class Child(Generic[S]):
-    """A child that `@expand` made itself: its text is appended as it stands, nothing is generated.
+    r"""A child that `@expand` made itself: its text is appended as it stands, nothing is generated.
 
+    Example:
         @dd.expand
         def moves(node: dd.Node[Game]) -> list[dd.Child[Game]]:
-            return [dd.Child(f"\\n{move}", play(node.state, move)) for move in legal(node.state)]
+            return [dd.Child(f"\n{move}", play(node.state, move)) for move in legal(node.state)]
     """
 
     text: str
@@ -57,6 +58,7 @@ class Child(Generic[S]):
 class Outcome(Generic[S]):
     """What `@observe` saw in a finished child.
 
+    Example:
         @dd.observe
         def apply(node: dd.Node[Game]) -> dd.Outcome[Game]:
             now = play(node.state, node.text)
@@ -72,7 +74,7 @@ class Outcome(Generic[S]):
     """What was looked for: ends the search."""
 
 
-class Reject(Exception):  # noqa: N818 - a verdict that users raise, not an error
+class Reject(Exception):
     """Raised by `@observe` to drop a child: `raise dd.Reject("not a legal move")`."""
 
 
@@ -93,4 +95,4 @@ class Budget:
         for name in ("tokens", "nodes", "seconds", "kv_bytes"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
-                raise ProgramError(f"Budget({name}={limit!r}) allows nothing: give a number above 0, or None for no limit")
+                raise ProgramError(f"Budget({name}={limit!r}) allows nothing: give a number above 0, or None")

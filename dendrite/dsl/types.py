@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NewType
+from typing import Literal, NewType, TypeGuard
 
 from typing_extensions import TypeVar
 
@@ -20,6 +20,9 @@ Prompt = str | Sequence[Message]
 StepId = NewType("StepId", int)
 """A node's number in its search, in the order made; the root is 0."""
 
+OnError = Literal["raise", "drop"]
+"""What a run does about a function that raises or returns nonsense: end, or drop the nodes it was called for."""
+
 
 def shown(prompt: Prompt, *, first: bool = False) -> str:
     """Write a prompt as a transcript shows it: text as it is, messages as `role: content` lines.
@@ -34,6 +37,10 @@ def shown(prompt: Prompt, *, first: bool = False) -> str:
     return ("" if first else "\n") + "\n".join([*lines, "assistant: "])
 
 
-def is_messages(value: object) -> bool:
-    """Tell chat messages from other sequences: a list or tuple of mappings with a role and a content."""
-    return isinstance(value, (list, tuple)) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+def is_prompt(value: object) -> TypeGuard[Prompt]:
+    """Whether it is text, or a list or tuple of mappings with a role and a content."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list | tuple):
+        return False
+    return all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)

@@ -58,7 +58,8 @@ class Beam(Strategy[BeamState]):
             raise ProgramError(f"Beam with prune(keep={facts.keep}) needs a @score to know which {facts.keep} to keep")
         if not (facts.has_score or facts.has_selector or facts.has_observe):
             raise ProgramError(
-                "Beam has nothing to tell nodes apart by: add a @score, a @prune function, or an @observe that finds goals"
+                "Beam has nothing to tell nodes apart by: "
+                "add a @score, a @prune function, or an @observe that finds goals"
             )
 
     def begin(self, root: Candidate) -> BeamState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Generic, NoReturn
 
 from dendrite.dsl.node import Node
@@ -15,6 +14,7 @@ from dendrite.engine.errors import ProgramError
 class _Later(Strategy[None]):
     def check(self, facts: ProgramFacts) -> NoReturn:
         """Refuse every program."""
+        del facts
         raise ProgramError(f"{self} comes with a later version: use Beam(depth=...) now, the program stays as it is")
 
     def begin(self, root: Candidate) -> None:

@@ -1,0 +1,199 @@
+"""`dd.compile`: collects the parts of a program, checks them, and lowers them to tree operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dendrite.dsl.functions import Function
+from dendrite.dsl.marks import AnyMark, ExpandMark, ObserveMark, PruneMark, ScoreMark, mark_of
+from dendrite.dsl.node import Sampling
+from dendrite.dsl.operations import (
+    Append,
+    Expansion,
+    Fork,
+    Generate,
+    Loop,
+    Observe,
+    Open,
+    Operations,
+    Propose,
+    Release,
+    Return,
+    Score,
+    Select,
+    Source,
+)
+from dendrite.dsl.states import Signature, common_state, signature_of
+from dendrite.dsl.strategies.base import ProgramFacts, Strategy
+from dendrite.dsl.types import OnError, is_prompt
+from dendrite.engine.errors import ProgramError
+
+
+class Part(NamedTuple):
+    """One part of a program: its record, and its function unless it is a part by itself."""
+
+    mark: AnyMark
+    function: Function | None
+    signature: Signature | None
+
+    @property
+    def place(self) -> str:
+        """How messages name it."""
+        return f"{self.mark}(...)" if self.function is None else self.function.place
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A checked program."""
+
+    operations: Operations
+    state: object
+    """The type of its state; `object` where no function says."""
+
+
+def lower(parts: Sequence[object], strategy: Strategy, *, on_error: OnError, names: Mapping[str, object]) -> Lowered:
+    """Check a program and turn it into operations.
+
+    Args:
+        parts: what the user gave to `compile`.
+        strategy: drives the loop.
+        on_error: checked here, used by the run.
+        names: local names of the caller, for annotations of local classes.
+
+    Raises:
+        ProgramError: anything that could not run; says what and where.
+    """
+    if on_error not in ("raise", "drop"):
+        raise ProgramError(f'on_error={on_error!r}: give "raise" or "drop"')
+    if not isinstance(strategy, Strategy):
+        raise ProgramError(f"strategy={strategy!r} is no strategy: give one such as dd.Beam(depth=3)")
+    collected = [_collected(part, names) for part in parts]
+    expands = [part for part in collected if isinstance(part.mark, ExpandMark)]
+    if not expands:
+        raise ProgramError('the program has no @expand: decorate a function with it, or add dd.expand(cue="\\nStep:")')
+    observe = _at_most_one(collected, ObserveMark)
+    scores = [_score(part) for part in collected if isinstance(part.mark, ScoreMark)]
+    select = _select(_at_most_one(collected, PruneMark))
+    signed = [(part.function, part.signature) for part in collected if part.function and part.signature]
+    state = common_state([*signed, *_conditions(expands, names)])
+    facts = ProgramFacts(
+        has_score=bool(scores),
+        has_observe=observe is not None,
+        has_selector=select.function is not None,
+        keep=select.keep,
+    )
+    strategy.check(facts)
+    body: list[Expansion] = [Propose(tuple(_source(part) for part in expands)), Append(), Fork(), Generate()]
+    body += [_observe(observe)] if observe else []
+    body += scores
+    return Lowered((Open(), Loop(strategy, tuple(body), select, Release()), Return()), state)
+
+
+def _collected(part: object, names: Mapping[str, object]) -> Part:
+    if isinstance(part, AnyMark):
+        if isinstance(part, ObserveMark | ScoreMark):
+            raise ProgramError(f"dd.{part}(...) is no part by itself: decorate a function with it")
+        return Part(part, None, None)
+    mark = mark_of(part)
+    if mark is None or not callable(part):
+        raise ProgramError(f"{_described(part)} is no part of a program: {_hint(part)}")
+    function = Function.of(part)
+    if isinstance(mark, ExpandMark) and mark.cue is not None:
+        raise ProgramError(f"{function.place} gives the cue, and so does expand(cue={mark.cue!r}): keep one of them")
+    signature = signature_of(function, names)
+    wants_many = {PruneMark: True, ScoreMark: None}.get(type(mark), False)
+    if wants_many is not None and signature.takes_many is not None and signature.takes_many != wants_many:
+        wanted = "a Sequence[Node]" if wants_many else "one Node"
+        raise ProgramError(f"{function.place} is marked @{mark}, which takes {wanted}: change its parameter")
+    return Part(mark, function, signature)
+
+
+def _described(part: object) -> str:
+    return Function.of(part).place if callable(part) and not isinstance(part, type) else repr(part)
+
+
+def _hint(part: object) -> str:
+    if isinstance(part, Strategy):
+        return f"pass it as strategy={part}"
+    return "decorate it with @dd.expand, @dd.observe, @dd.score or @dd.prune" if callable(part) else "give functions"
+
+
+def _at_most_one(parts: Sequence[Part], kind: type[AnyMark]) -> Part | None:
+    found = [part for part in parts if isinstance(part.mark, kind)]
+    if len(found) > 1:
+        places = " and ".join(part.place for part in found)
+        raise ProgramError(f"a program has one @{found[0].mark}, this one has {len(found)}: {places}; join them")
+    return found[0] if found else None
+
+
+def _conditions(expands: Sequence[Part], names: Mapping[str, object]) -> list[tuple[Function, Signature]]:
+    """The `when=` functions, which take nodes too."""
+    marks = [part.mark for part in expands if isinstance(part.mark, ExpandMark)]
+    conditions = [Function.of(mark.when) for mark in marks if mark.when is not None]
+    return [(condition, signature_of(condition, names)) for condition in conditions]
+
+
+def _source(part: Part) -> Source:
+    mark = part.mark
+    assert isinstance(mark, ExpandMark), "sources are made of expands"
+    stop = (mark.stop,) if isinstance(mark.stop, str) else tuple(mark.stop)
+    _check_whole(part, "width", mark.width)
+    _check_whole(part, "max_tokens", mark.max_tokens)
+    if not (math.isfinite(mark.temperature) and mark.temperature >= 0):
+        raise ProgramError(f"{part.place}: temperature={mark.temperature} cannot be used: give 0 (greedy) or more")
+    if not all(stop):
+        raise ProgramError(f"{part.place}: stop={mark.stop!r} holds an empty string, which ends every text at once")
+    if not mark.prior > 0:
+        raise ProgramError(f"{part.place}: prior={mark.prior} cannot be used: give a number above 0")
+    if mark.cue is not None and not is_prompt(mark.cue):
+        raise ProgramError(f"{part.place}: cue={mark.cue!r} is neither text nor chat messages")
+    return Source(
+        cue=mark.cue or "",
+        function=part.function,
+        when=Function.of(mark.when) if mark.when else None,
+        width=mark.width,
+        sampling=Sampling(max_tokens=mark.max_tokens, stop=stop, temperature=mark.temperature),
+        prior=mark.prior,
+    )
+
+
+def _observe(part: Part) -> Observe:
+    assert part.function is not None, "an @observe has a function"
+    assert isinstance(part.mark, ObserveMark), "made of an observe"
+    if part.mark.concurrency is not None:
+        _check_whole(part, "concurrency", part.mark.concurrency)
+    return Observe(part.function, part.mark.concurrency)
+
+
+def _score(part: Part) -> Score:
+    mark, signature = part.mark, part.signature
+    assert isinstance(mark, ScoreMark), "made of a score"
+    assert part.function is not None, "a @score has a function"
+    assert signature is not None, "every function was read"
+    if mark.batch is not None:
+        _check_whole(part, "batch", mark.batch)
+        if signature.takes_many is False:
+            raise ProgramError(f"{part.place}: batch= is for a function of a Sequence[Node], and this takes one Node")
+    if not math.isfinite(mark.weight):
+        raise ProgramError(f"{part.place}: weight={mark.weight} cannot be used: give a finite number")
+    takes_many = mark.batch is not None if signature.takes_many is None else signature.takes_many
+    return Score(part.function, takes_many=takes_many, batch=mark.batch, weight=mark.weight)
+
+
+def _select(part: Part | None) -> Select:
+    if part is None:
+        return Select(None, None)
+    assert isinstance(part.mark, PruneMark), "made of a prune"
+    if part.mark.keep is not None:
+        _check_whole(part, "keep", part.mark.keep)
+    elif part.function is None:
+        raise ProgramError("prune() keeps nothing: give keep=, or decorate a function")
+    return Select(part.function, part.mark.keep)
+
+
+def _check_whole(part: Part, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProgramError(f"{part.place}: {name}={value!r} cannot be used: give a whole number, 1 or more")

@@ -1,0 +1,94 @@
+"""A program's operations as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dendrite.dsl.functions import Function
+from dendrite.dsl.node import Sampling
+from dendrite.dsl.operations import (
+    Append,
+    Expansion,
+    Fork,
+    Generate,
+    Loop,
+    Observe,
+    Operations,
+    Propose,
+    Score,
+    Select,
+    Source,
+)
+from dendrite.dsl.types import OnError
+
+
+def explained(operations: Operations, *, on_error: OnError) -> str:
+    """One line an operation, indented as they nest; the same text on every machine."""
+    _, loop, _ = operations
+    lines = ["open     the prompt as a user's turn, or a fork of the branch it is run on", *_loop(loop)]
+    lines.append("return   the best node: its path stays live, everything else is pruned")
+    if on_error == "drop":
+        lines.append("         nodes that a function fails on are dropped")
+    return "\n".join(lines)
+
+
+def _loop(loop: Loop) -> Iterator[str]:
+    yield f"loop     {loop.strategy}"
+    for operation in loop.body:
+        for line in _lines(operation, loop.body):
+            yield "  " + line
+    yield f"  select   {_selection(loop.select)}"
+    yield "  release  prune the branches of all others"
+
+
+def _lines(operation: Expansion, body: tuple[Expansion, ...]) -> Iterator[str]:
+    match operation:
+        case Propose(sources):
+            for source in sources:
+                yield f"propose  {_source(source)}"
+        case Append():
+            yield "append   each cue once, on a fork of its node"
+        case Fork():
+            yield "fork     one branch a child"
+        case Generate():
+            samplings = dict.fromkeys(source.sampling for source in _sources(body))
+            yield f"generate all in one batch, {'; '.join(map(_sampling, samplings))}"
+        case Observe(function, concurrency):
+            at_once = "" if concurrency is None else f", at most {concurrency} at once"
+            yield f"observe  {_function(function)}{at_once}"
+        case Score(function, takes_many, batch, weight):
+            how = "" if weight == 1 else f", times {weight:g}"
+            if takes_many:
+                how += ", all nodes in one call" if batch is None else f", {batch} nodes a call"
+            yield f"score    {_function(function)}{how}"
+
+
+def _sources(body: tuple[Expansion, ...]) -> tuple[Source, ...]:
+    return next(operation.sources for operation in body if isinstance(operation, Propose))
+
+
+def _source(source: Source) -> str:
+    children = "1 child" if source.width == 1 else f"{source.width} children"
+    if source.function is None:
+        what = f"{children} after {source.cue!r}"
+    else:
+        what = f"{children} after the cue of {_function(source.function)}, dynamic"
+    condition = "" if source.when is None else f", when {source.when.label}"
+    return what + condition
+
+
+def _function(function: Function) -> str:
+    return f"{function.label}, async" if function.is_async else function.label
+
+
+def _sampling(sampling: Sampling) -> str:
+    stop = f", stop at {' or '.join(map(repr, sampling.stop))}" if sampling.stop else ""
+    return f"up to {sampling.max_tokens} tokens{stop}, temperature {sampling.temperature:g}"
+
+
+def _selection(select: Select) -> str:
+    kept = "all" if select.keep is None else f"the best {select.keep} of the whole frontier"
+    if select.function is None:
+        return f"keep {kept}"
+    what = f"what {_function(select.function)} returns"
+    return what if select.keep is None else f"{what}, the first {select.keep}"

@@ -1,0 +1,81 @@
+"""How synchronous code waits for the search loop, which is asynchronous: one place for all fronts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
+
+T = TypeVar("T")
+
+
+class Waiter:
+    """Runs coroutines to their end for synchronous code, all on one event loop of its own.
+
+    Where this thread runs no event loop (a script, a plain thread), the coroutine runs right here, and Ctrl-C cancels
+    it. Inside a running event loop (a notebook) it runs in a worker thread while this one waits.
+    """
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._context = contextvars.copy_context()
+        self._thread = ThreadPoolExecutor(1, "dendrite-search") if _in_event_loop() else None
+
+    def wait(self, work: Coroutine[object, object, T]) -> T:
+        """Run `work` and return what it returns; Ctrl-C cancels it and is raised once it has cleaned up."""
+        if self._thread is None:
+            return self._runner.run(work, context=self._context)
+        task: asyncio.Task[T] | None = None
+
+        async def watched() -> T:
+            nonlocal task
+            task = asyncio.current_task()
+            return await work
+
+        future = self._thread.submit(self._runner.run, watched(), context=self._context)
+        try:
+            return future.result()
+        except BaseException:
+            if task is not None and not future.done():
+                self._runner.get_loop().call_soon_threadsafe(task.cancel)
+                future.exception()
+            raise
+
+    def close(self) -> None:
+        """End the event loop; calling again is fine."""
+        if self._thread is None:
+            self._runner.close()
+        else:
+            self._thread.submit(self._runner.close).result()
+            self._thread.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def iterated(items: AsyncGenerator[T]) -> Generator[T]:
+    """An asynchronous generator for a synchronous `for`. Leaving the `for` early closes it."""
+    with Waiter() as waiter:
+        try:
+            while (item := waiter.wait(_next(items))) is not None:
+                yield item
+        finally:
+            waiter.wait(items.aclose())
+
+
+async def _next(items: AsyncGenerator[T]) -> T | None:
+    return await anext(items, None)
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,131 @@
+"""What a run spends: counted here, and held against its budget."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dendrite.dsl.functions import OutOfBudget
+from dendrite.dsl.records import Budget
+
+if TYPE_CHECKING:  # at run time this file must not load pydantic
+    from dendrite.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a run took. Figures of the engine include whatever else ran on it meanwhile."""
+
+    tokens_generated: int
+    """By steps and by `Node.ask`; what `Budget.tokens` limits."""
+    tokens_computed: int
+    """Rows that went through the model: prompts, cues, questions, labels and generated tokens, each once."""
+    tokens_logical: int
+    """Rows it would have been had every generation and score been a request of its own, with its whole prompt."""
+    forks: int
+    nodes: int
+    """Nodes made, the root aside."""
+    peak_kv_bytes: int
+    """The most K/V that was held at the end of any operation, beyond what was held before."""
+    seconds: float
+
+
+class Meter:
+    """One run's counters and what they may still take."""
+
+    def __init__(self, engine: Engine, budget: Budget | None) -> None:
+        self._engine = engine
+        self._budget = budget or Budget()
+        self._start = time.monotonic()
+        self._before = engine.stats()
+        self._peak_blocks = 0
+        self._num_reserved = 0
+        self._waiters: list[asyncio.Future[None]] = []
+        self._holds_too_much = False
+        self.num_tokens = 0
+        self.num_nodes = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the budget allows no further expansion."""
+        limits = ((self.num_tokens, self._budget.tokens), (self.num_nodes, self._budget.nodes))
+        if any(limit is not None and count >= limit for count, limit in limits):
+            return True
+        seconds = self.seconds_left()
+        return self._holds_too_much or (seconds is not None and seconds <= 0)
+
+    def reserve_tokens(self, wanted: int) -> int:
+        """Take up to `wanted` tokens out of the budget for one generation.
+
+        Returns:
+            All of them, or what is left if nothing else is reserved, or 0: then others must settle first, unless the
+            budget is spent.
+        """
+        limit = self._budget.tokens
+        left = wanted if limit is None else max(0, limit - self.num_tokens - self._num_reserved)
+        granted = wanted if left >= wanted else 0 if self._num_reserved else left
+        self._num_reserved += granted
+        return granted
+
+    async def reserve_soon(self, wanted: int) -> int:
+        """`reserve_tokens`, after waiting for others to settle.
+
+        Raises:
+            OutOfBudget: nothing is left.
+        """
+        while not (granted := self.reserve_tokens(wanted)):
+            if not self._num_reserved:
+                raise OutOfBudget("the budget of tokens ended")
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return granted
+
+    def settle_tokens(self, granted: int, used: int) -> None:
+        """Count what a generation used and put the rest back."""
+        self._num_reserved -= granted
+        self.num_tokens += used
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    def take_nodes(self, wanted: int) -> int:
+        """Count up to `wanted` new nodes; how many the budget allows."""
+        limit = self._budget.nodes
+        granted = wanted if limit is None else max(0, min(wanted, limit - self.num_nodes))
+        self.num_nodes += granted
+        return granted
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the budget ends; None without a limit."""
+        limit = self._budget.seconds
+        return None if limit is None else self._start + limit - time.monotonic()
+
+    def look(self) -> None:
+        """Note how much K/V is held now."""
+        stats = self._engine.stats()
+        held = stats.blocks_used - self._before.blocks_used
+        self._peak_blocks = max(self._peak_blocks, held)
+        limit = self._budget.kv_bytes
+        self._holds_too_much = limit is not None and held * stats.block_bytes > limit
+
+    def lift(self) -> None:
+        """The run is over: what users ask its nodes from now on is their own."""
+        self._budget = Budget()
+        self._holds_too_much = False
+
+    def usage(self) -> Usage:
+        """What was spent until now."""
+        now, before = self._engine.stats(), self._before
+        return Usage(
+            tokens_generated=self.num_tokens,
+            tokens_computed=now.tokens_computed - before.tokens_computed,
+            tokens_logical=now.tokens_logical - before.tokens_logical,
+            forks=now.forks - before.forks,
+            nodes=self.num_nodes,
+            peak_kv_bytes=self._peak_blocks * now.block_bytes,
+            seconds=time.monotonic() - self._start,
+        )

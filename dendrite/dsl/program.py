@@ -1,0 +1,272 @@
+"""`dd.compile` and the program it returns, with all the ways to run one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Generic, cast
+
+from dendrite.dsl.compiler import lower
+from dendrite.dsl.events import Event
+from dendrite.dsl.explain import explained
+from dendrite.dsl.fronts import Waiter, iterated
+from dendrite.dsl.functions import together
+from dendrite.dsl.marks import Mark
+from dendrite.dsl.meter import Meter
+from dendrite.dsl.node import Node
+from dendrite.dsl.operations import Operations
+from dendrite.dsl.records import Budget
+from dendrite.dsl.result import Result
+from dendrite.dsl.run import Run
+from dendrite.dsl.search import Search
+from dendrite.dsl.search_loop import SearchLoop
+from dendrite.dsl.states import fits
+from dendrite.dsl.strategies.base import Strategy
+from dendrite.dsl.types import OnError, Prompt, S, is_prompt
+from dendrite.engine.errors import ProgramError
+
+if TYPE_CHECKING:  # at run time this file must not load pydantic
+    from dendrite.engine.branch import Branch
+    from dendrite.engine.engine import Engine
+
+Part = Callable[[Node[S]], object] | Callable[[Sequence[Node[S]]], object] | Mark
+"""What a program is made of: decorated functions, bound methods, and `dd.expand(...)` or `dd.prune(...)` alone."""
+
+_NO_STATE: Any = None  # the one default that is of every state's type to the checker; at run time nodes hold None
+
+
+class Program(Generic[S]):
+    """A checked search program, made by `dd.compile`. It keeps nothing between runs, so one serves many.
+
+    All ways of running take the same arguments:
+
+    Args:
+        on: an engine, which makes a new chat of the prompt; or a branch, which the search continues. The branch itself
+            stays as it is.
+        prompt: text is a user's turn on an engine, and is appended as it is to a branch. Messages are a chat.
+        state: the root's state.
+        seed: the same seed gives the same search; without one each run differs.
+        budget: where to stop with what there is.
+        journal: comes with a later version.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[object],
+        strategy: Strategy,
+        *,
+        on_error: OnError = "raise",
+        names: Mapping[str, object] | None = None,
+    ) -> None:
+        self._parts = tuple(parts)
+        self._on_error: OnError = on_error
+        lowered = lower(parts, strategy, on_error=on_error, names=names or {})
+        self._operations = lowered.operations
+        self._state_type = lowered.state
+        self._names = names or {}
+
+    @property
+    def operations(self) -> Operations:
+        """The tree operations it compiled to; the search loop executes exactly these."""
+        return self._operations
+
+    def explain(self) -> str:
+        """The tree operations as text."""
+        return explained(self._operations, on_error=self._on_error)
+
+    def replace(self, *, strategy: Strategy) -> Program[S]:
+        """The same program under another strategy, checked anew."""
+        return Program(self._parts, strategy, on_error=self._on_error, names=self._names)
+
+    def run(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt = "",
+        *,
+        state: S = _NO_STATE,
+        seed: int | None = None,
+        budget: Budget | None = None,
+        journal: PathLike[str] | str | None = None,
+    ) -> Result[S]:
+        """Search to the end. Works in any thread, inside a running event loop too (then on a thread of its own).
+
+            with program.run(engine, "Use 4 9 10 13 to make 24.", seed=1) as result:
+                print(result.best.transcript)
+
+        Ctrl-C prunes all that the search made and is raised.
+
+        Raises:
+            ProgramError: arguments that this program cannot be run with.
+            CallbackError: a function of the program raised or returned nonsense, unless compiled with
+                `on_error="drop"`.
+            EngineError: whatever stopped the engine. In each case nothing of the search is left.
+        """
+        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal)
+        with Waiter() as waiter:
+            return waiter.wait(_drained(loop))
+
+    async def arun(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt = "",
+        *,
+        state: S = _NO_STATE,
+        seed: int | None = None,
+        budget: Budget | None = None,
+        journal: PathLike[str] | str | None = None,
+    ) -> Result[S]:
+        """`run` for asyncio: async functions of the program run on this event loop. Cancelling it prunes everything."""
+        return await _drained(self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal))
+
+    def stream(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt = "",
+        *,
+        state: S = _NO_STATE,
+        seed: int | None = None,
+        budget: Budget | None = None,
+    ) -> Iterator[Event[S]]:
+        """Search, telling what happens; the last event, `done`, has the result. Leaving the loop ends the search."""
+        return cast(
+            "Generator[Event[S]]", iterated(self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
+        )
+
+    def astream(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt = "",
+        *,
+        state: S = _NO_STATE,
+        seed: int | None = None,
+        budget: Budget | None = None,
+    ) -> AsyncIterator[Event[S]]:
+        """`stream` for asyncio. Wrap it in `contextlib.aclosing` where the loop may be left early."""
+        return cast("AsyncGenerator[Event[S]]", self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
+
+    def start(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt = "",
+        *,
+        state: S = _NO_STATE,
+        seed: int | None = None,
+        budget: Budget | None = None,
+    ) -> Search[S]:
+        """A search to step by hand; see `Search`."""
+        return Search(self._begin(on, prompt, state=state, seed=seed, budget=budget))
+
+    def map(
+        self,
+        engine: Engine,
+        inputs: Iterable[tuple[Prompt, S]],
+        *,
+        concurrency: int = 8,
+        seed: int | None = None,
+        budget: Budget | None = None,
+    ) -> list[Result[S]]:
+        """Run the program on many `(prompt, state)` inputs, `concurrency` at a time; results in their order.
+
+        The first failure ends them all, with nothing left behind. `seed` and `budget` count for each input.
+        """
+        with Waiter() as waiter:
+            return waiter.wait(self.amap(engine, inputs, concurrency=concurrency, seed=seed, budget=budget))
+
+    async def amap(
+        self,
+        engine: Engine,
+        inputs: Iterable[tuple[Prompt, S]],
+        *,
+        concurrency: int = 8,
+        seed: int | None = None,
+        budget: Budget | None = None,
+    ) -> list[Result[S]]:
+        """`map` for asyncio."""
+        if concurrency < 1:
+            raise ProgramError(f"map(concurrency={concurrency}) runs nothing: give 1 or more")
+        turns = asyncio.Semaphore(concurrency)
+        results: list[Result[S]] = []
+
+        async def one(prompt: Prompt, state: S) -> Result[S]:
+            async with turns:
+                result = await self.arun(engine, prompt, state=state, seed=seed, budget=budget)
+                results.append(result)
+                return result
+
+        try:
+            return await together([one(prompt, state) for prompt, state in inputs])
+        except BaseException:
+            for result in results:
+                result.close()
+            raise
+
+    def _begin(
+        self,
+        on: Engine | Branch,
+        prompt: Prompt,
+        *,
+        state: S,
+        seed: int | None,
+        budget: Budget | None,
+        journal: PathLike[str] | str | None = None,
+    ) -> SearchLoop:
+        """Check the arguments and set a search up; nothing is run and nothing made yet."""
+        if journal is not None:
+            raise ProgramError(
+                "journal= comes with a later version: run without it, there is nothing to resume from yet"
+            )
+        if not is_prompt(prompt):
+            raise ProgramError(f"the prompt is {prompt!r}: give text, or a list of messages with role and content")
+        self._check_state(state)
+        engine, origin = _engine_of(on)
+        run = Run(engine, seed=seed, meter=Meter(engine, budget), on_error=self._on_error)
+        return SearchLoop(self._operations, run, origin=origin, prompt=prompt, state=state)
+
+    def _check_state(self, state: S) -> None:
+        if not fits(type(state), self._state_type):
+            wanted = getattr(self._state_type, "__qualname__", str(self._state_type))
+            given = "none was given" if state is None else f"it was given a {type(state).__qualname__}"
+            raise ProgramError(f"the program's functions take Node[{wanted}], and {given}: pass state={wanted}(...)")
+
+    def __repr__(self) -> str:
+        return f"<Program {self._operations[1].strategy}>"
+
+
+def compile(*parts: Part[S], strategy: Strategy, on_error: OnError = "raise") -> Program[S]:  # noqa: A001 - the name users know
+    """Build a search program out of decorated functions and a strategy.
+
+        program = dd.compile(step, value, dd.prune(keep=3), strategy=dd.Beam(depth=3))
+        print(program.explain())
+
+    Args:
+        parts: at least one `@expand`; any number of `@score`s; at most one `@observe` and one `@prune`.
+        strategy: what drives the search.
+        on_error: what a run does about a function that raises, or about a score that is NaN or no number: "raise" ends
+            it with a `CallbackError` that names function and node, "drop" drops the node and goes on.
+
+    Raises:
+        ProgramError: the program could not run: a part is missing, there is one too many, a part is not decorated, an
+            option is out of range, two functions take different states, or the strategy lacks something. It says what
+            and where.
+    """
+    names = sys._getframe(1).f_locals  # noqa: SLF001 - states may be local classes, which annotations only name
+    return Program(parts, strategy, on_error=on_error, names=dict(names))
+
+
+def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:
+    from dendrite.engine.branch import Branch  # noqa: PLC0415 - whoever runs a program has loaded this; compiling must not
+
+    if isinstance(on, Branch):
+        return on.engine, on
+    if not hasattr(on, "agenerate"):
+        raise ProgramError(f"a program runs on an Engine or a Branch, not on {on!r}")
+    return on, None
+
+
+async def _drained(loop: SearchLoop) -> Result[Any]:
+    async for _ in loop.events():
+        pass
+    assert loop.result is not None, "a search that ended without an error has its result"
+    return loop.result

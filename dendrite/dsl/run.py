@@ -1,0 +1,189 @@
+"""What one run holds: its nodes, and every branch it made, so that none is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dendrite.dsl.events import Event, EventKind
+from dendrite.dsl.functions import OutOfBudget
+from dendrite.dsl.meter import Meter
+from dendrite.dsl.node import Node, Question, Sampling, Step
+from dendrite.dsl.types import OnError, Prompt, StepId, shown
+from dendrite.engine.errors import CallbackError, OutOfBlocks
+from dendrite.engine.messages import Message
+
+if TYPE_CHECKING:  # at run time this file must not load pydantic
+    from dendrite.engine.branch import Branch
+    from dendrite.engine.engine import Engine
+    from dendrite.engine.generation import Generation
+
+
+class Run:
+    """The nodes and branches of one run. Operations work on it; the search loop closes it."""
+
+    def __init__(self, engine: Engine, *, seed: int | None, meter: Meter, on_error: OnError) -> None:
+        self.engine = engine
+        self.seed = seed
+        self.meter = meter
+        self.on_error = on_error
+        self.steps: list[Step] = []
+        self._branches: set[Branch] = set()  # all that this run made and has not pruned
+        self._events: list[Event[object]] = []
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def open_root(self, origin: Branch | None, prompt: Prompt, state: object) -> Step:
+        """The node that the search starts from: a new chat's assistant turn, or a fork of the user's `origin`."""
+        if origin is None:
+            branch = self.adopt(self.engine.root(messages=as_messages(prompt), seed=self.seed))
+            text = shown(prompt, first=True)
+        else:
+            branch = self.adopt(origin.fork(1, seed=self.seed)[0])
+            append_prompt(branch, prompt)
+            text = origin.text + shown(prompt)
+        return self._add(Step(id=StepId(0), parent=None, index=0, state=state, cue=text, branch=branch, asker=self))
+
+    def add_child(self, parent: Step, branch: Branch, *, cue: str, prior: float, state: object) -> Step:
+        """A new node below `parent` that owns `branch`."""
+        step = Step(
+            id=StepId(len(self.steps)),
+            parent=parent,
+            index=parent.num_children,
+            state=state,
+            cue=cue,
+            prior=prior,
+            branch=branch,
+            asker=self,
+        )
+        parent.num_children += 1
+        return self._add(step)
+
+    def step_of(self, node: Node[object]) -> Step | None:
+        """The record behind a user's node; None for a node of another search."""
+        step = self.steps[node.id] if node.id < len(self.steps) else None
+        return step if step is not None and Node(step) == node else None
+
+    def fail(self, step: Step, failure: CallbackError | OutOfBudget) -> None:
+        """Drop a node that a function failed on, or raise the failure if the program says so."""
+        if isinstance(failure, CallbackError) and self.on_error == "raise":
+            raise failure
+        step.status = "dropped"
+        self.release(step)
+        self.emit("dropped", step, str(failure))
+
+    def _add(self, step: Step) -> Step:
+        self.steps.append(step)
+        return step
+
+    # --- branches ----------------------------------------------------------------------------------------------
+
+    def adopt(self, branch: Branch) -> Branch:
+        """Take responsibility for pruning a new branch."""
+        self._branches.add(branch)
+        return branch
+
+    def prune(self, branch: Branch) -> None:
+        """Give a branch of this run up."""
+        self._branches.discard(branch)
+        branch.prune()
+
+    def release(self, step: Step) -> None:
+        """Prune the branch of a node that the search is done with; the node stays readable."""
+        if step.branch is not None:
+            self.prune(step.branch)
+
+    def is_live(self, step: Step) -> bool:
+        """Whether the node's branch can still be used."""
+        return step.branch in self._branches
+
+    def close(self, keep: Sequence[Step] = ()) -> None:
+        """End the run: prune all that it made but the branches of `keep`, deepest first, and forget the nodes.
+
+        The nodes' users keep them; a run that did not forget them would be a cycle, which only the garbage collector
+        could free, and with it the K/V of the best path.
+        """
+        kept = {step.branch for step in keep}
+        for branch in sorted(self._branches - kept, key=lambda branch: -branch.depth):
+            self.prune(branch)
+        self._branches.clear()
+        self.steps = []
+        self.meter.lift()
+
+    # --- asking the engine -------------------------------------------------------------------------------------
+
+    async def generate(self, branches: Sequence[Branch], sampling: Sampling) -> list[Generation]:
+        """Generate onto branches in one batch; in smaller ones, one after the other, where the pool is too small."""
+        try:
+            return await self.engine.agenerate(
+                branches, max_tokens=sampling.max_tokens, stop=sampling.stop, temperature=sampling.temperature
+            )
+        except OutOfBlocks:
+            if len(branches) == 1:
+                raise
+        half = len(branches) // 2
+        return [*await self.generate(branches[:half], sampling), *await self.generate(branches[half:], sampling)]
+
+    async def ask(self, step: Step, question: Question) -> Generation:
+        """Answer a side question on a temporary branch; see `Node.ask`."""
+        granted = await self.meter.reserve_soon(question.sampling.max_tokens)
+        used = 0
+        try:
+            with self.side_branch(step, question.prompt, fresh=question.fresh) as branch:
+                sampling = replace(question.sampling, max_tokens=granted)
+                (answer,) = await self.generate([branch], sampling)
+                used = len(answer.token_ids)
+                return answer
+        finally:
+            self.meter.settle_tokens(granted, used)
+
+    @contextmanager
+    def side_branch(self, step: Step, prompt: Prompt, *, fresh: bool) -> Iterator[Branch]:
+        """A temporary branch that ends with `prompt`, after the node's transcript or on a root of its own."""
+        seed = None if self.seed is None else derived_seed(self.seed, step, step.num_asks)
+        step.num_asks += 1
+        if fresh:
+            branch = self.adopt(self.engine.root(messages=as_messages(prompt), seed=seed))
+        else:
+            assert step.branch is not None, "nodes of a run have branches"
+            branch = self.adopt(step.branch.fork(1, seed=seed)[0])
+        try:
+            if not fresh:
+                append_prompt(branch, prompt)
+            yield branch
+        finally:
+            self.prune(branch)
+
+    # --- telling watchers --------------------------------------------------------------------------------------
+
+    def emit(self, kind: EventKind, step: Step, detail: str = "", nodes: Sequence[Step] = ()) -> None:
+        """Queue an event for whoever watches."""
+        self._events.append(Event(kind, Node(step), nodes=tuple(map(Node, nodes)), detail=detail))
+
+    def take_events(self) -> list[Event[object]]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+def as_messages(prompt: Prompt) -> Sequence[Message]:
+    """Text is a user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def append_prompt(branch: Branch, prompt: Prompt) -> None:
+    """Append text as it is, messages through the chat template; nothing for an empty prompt."""
+    if isinstance(prompt, str):
+        if prompt:
+            branch.append(prompt)
+    elif prompt:
+        branch.append(messages=prompt)
+
+
+def derived_seed(seed: int, step: Step, number: int) -> int:
+    """A seed of its own for the side question `number` of a node: the same in every run with the same seed."""
+    words = ",".join(map(str, (seed, *(step.index for step in step.path), -1, number)))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,82 @@
+"""One search, stepped by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Generic, Self, cast
+
+from dendrite.dsl.fronts import iterated
+from dendrite.dsl.node import Node
+from dendrite.dsl.result import Result
+from dendrite.dsl.search_loop import SearchLoop
+from dendrite.dsl.types import S
+from dendrite.engine.errors import ProgramError
+
+
+class Search(Generic[S]):
+    """One run in progress: step it, look at it, choose who goes on.
+
+        search = program.start(engine, "Plan:")
+        for frontier in search:                      # scored children, best first
+            search.keep([frontier[int(input())]])    # without this the program's own choice stands
+        print(search.result().best.transcript)
+
+    Made by `Program.start`. A search that is left half-way keeps its branches until `close`, which the end of a `with`
+    calls too.
+    """
+
+    def __init__(self, loop: SearchLoop) -> None:
+        self._loop = loop
+        self._events = iterated(loop.events())
+        self._frontier: Sequence[Node[S]] = ()
+
+    def __iter__(self) -> Iterator[Sequence[Node[S]]]:
+        for event in self._events:
+            if event.kind == "frontier":
+                self._frontier = cast("Sequence[Node[S]]", event.nodes)
+                yield self._frontier
+                self._frontier = ()
+
+    def keep(self, nodes: Sequence[Node[S]]) -> None:
+        """Choose the survivors of the frontier that was yielded last, best first.
+
+        Raises:
+            ProgramError: no frontier is out, or a node is not of it or given twice. Nothing was changed.
+        """
+        if not self._frontier:
+            raise ProgramError("keep() chooses among the frontier that the loop yielded: call it inside the for loop")
+        if len(set(nodes)) < len(nodes) or not set(nodes) <= set(self._frontier):
+            raise ProgramError("keep() takes nodes of this frontier, each at most once")
+        self._loop.choose([node.id for node in nodes])
+
+    def cancel(self) -> None:
+        """End before the next round; `result()` is then what there is, with `stopped == "cancelled"`."""
+        self._loop.is_cancelled = True
+
+    def result(self) -> Result[S]:
+        """The result, after running whatever is left of the search with the program's own choices."""
+        for _ in self._events:
+            pass
+        if self._loop.result is None:
+            raise ProgramError("this search was closed before it ended: start another")
+        return cast("Result[S]", self._loop.result)
+
+    def save(self, path: PathLike[str] | str) -> None:
+        """Write the search down, to go on from after a restart. Comes with a later version.
+
+        Raises:
+            ProgramError: always, for now.
+        """
+        raise ProgramError(f"save({str(path)!r}): saving a search comes with a later version; keep the process for now")
+
+    def close(self) -> None:
+        """End the search here and prune what it made, unless it has its result; calling again is fine."""
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,147 @@
+"""A runner without a model: it keeps token ids where K/V would be and finds each row's text through the plan.
+
+    pool slots   [ U s e _ 4 _ … ]      a token id and its position, written by `batch.slots`
+    row          segments → spans → slots → token ids → text → script → logits
+
+So a plan that misses a segment, a block that was not copied or was given away too early, or a wrong position shows
+at once, as an error or as a text that no script wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dendrite.engine.batch import Batch, Segment
+from dendrite.engine.spec import ModelSpec
+from dendrite.testing.scripted import Script
+from dendrite.testing.tokenizer import END, OPENING, SPECIAL, VOCAB_SIZE, ByteTokenizer
+
+_UNLIKELY = -30.0
+"""The logit of what the script does not say: all of them together are less likely than one in 10**9."""
+_NOTHING = -1
+
+
+class ScriptedRunner:
+    """`dendrite.engine.runner.Runner` over a script. Its hidden states are the logits themselves."""
+
+    def __init__(self, script: Script, *, num_blocks: int, block_size: int, context_length: int) -> None:
+        self.spec = ModelSpec(
+            name="scripted",
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=1,
+            hidden_size=VOCAB_SIZE,
+            vocab_size=VOCAB_SIZE,
+            context_length=context_length,
+            dtype="float32",
+        )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._script = script
+        num_slots = (num_blocks + 1) * block_size  # block 0 is the trash block
+        self._tokens = [_NOTHING] * num_slots
+        self._positions = [_NOTHING] * num_slots
+
+    def run(self, batch: Batch) -> Tensor:
+        """Copy blocks, keep the rows' tokens, and read the output rows' paths.
+
+        Returns:
+            [num_outputs, vocab_size], the logits of the next token.
+        """
+        for source, destination in batch.copies:
+            for slots in (self._tokens, self._positions):
+                slots[self._block(destination)] = slots[self._block(source)]
+        for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
+            self._tokens[slot], self._positions[slot] = token, position
+        rows = [next_logits(self._script, self._path(batch, row)) for row in batch.output_rows]
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, vocab_size] are the logits."""
+        return hidden
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+    def _block(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)
+
+    def _path(self, batch: Batch, row: int) -> list[int]:
+        """The token ids that a row attends to, which must be its whole path, each position once."""
+        slots = [slot for segment in batch.plan.segments for slot in _slots_read(segment, row)]
+        by_position = {self._positions[slot]: self._tokens[slot] for slot in slots}
+        num = batch.positions[row] + 1
+        seen = sorted(self._positions[slot] for slot in slots)
+        assert seen == list(range(num)), f"row {row} at position {num - 1} reads positions {seen}"
+        assert by_position[num - 1] == batch.token_ids[row], f"row {row} does not read its own token"
+        return [by_position[position] for position in range(num)]
+
+
+def _slots_read(segment: Segment, row: int) -> Iterator[int]:
+    """The slots of one segment that a row reads, in key order."""
+    if not segment.row_start <= row < segment.row_end:
+        return
+    own = row - segment.row_start
+    num = segment.num_keys
+    if own < segment.causal_rows:
+        num = segment.num_keys - segment.causal_rows + own + 1
+    slots = [slot for first, last in segment.spans for slot in range(first, last)]
+    assert len(slots) == segment.num_keys, f"a segment of {segment.num_keys} keys spans {len(slots)} slots"
+    yield from slots[:num]
+
+
+def next_logits(script: Script, path: Sequence[int]) -> Tensor:
+    """Logits [vocab_size] of the token after `path`."""
+    logits = torch.full((VOCAB_SIZE,), _UNLIKELY)
+    masses = _next_masses(script, path)
+    total = sum(masses.values())
+    for token, mass in masses.items():
+        logits[token] = math.log(mass / total)
+    return logits
+
+
+def _next_masses(script: Script, path: Sequence[int]) -> dict[int, float]:
+    masses: dict[int, float] = {}
+    num_said, replies = _reply_in_progress(script, path)
+    for reply, weight in replies.items():
+        token = reply[num_said] if num_said < len(reply) else END
+        masses[token] = masses.get(token, 0.0) + weight
+    return masses
+
+
+def _reply_in_progress(script: Script, path: Sequence[int]) -> tuple[int, dict[tuple[int, ...], float]]:
+    """How many tokens of its reply the model has said, and the replies that go on from there.
+
+    The last text of the path is the reply so far, or a label that is being scored, if the script says something that
+    begins with it to all that stands before it. Else it belongs to the prompt.
+    """
+    start = _last_opening(path)
+    if start > 1:  # a text right after <|begin|> is a prompt
+        said = tuple(path[start:])
+        going_on = {
+            reply: weight for reply, weight in _replies(script, path[:start]).items() if reply[: len(said)] == said
+        }
+        if going_on:
+            return len(said), going_on
+    return 0, _replies(script, path)
+
+
+def _replies(script: Script, path: Sequence[int]) -> dict[tuple[int, ...], float]:
+    tokenizer = ByteTokenizer()
+    given = script(tokenizer.decode(path, special=True))
+    texts = [given] if isinstance(given, str) else given
+    weights = texts if isinstance(texts, Mapping) else dict.fromkeys(texts, 1.0)
+    return {tuple(tokenizer.encode(text)): weight for text, weight in weights.items() if weight > 0}
+
+
+def _last_opening(path: Sequence[int]) -> int:
+    """Where the text at the end of the path begins; 0 if a special token ends it."""
+    for index in range(len(path) - 1, -1, -1):
+        if path[index] >= OPENING:
+            return index if path[index] < SPECIAL else 0
+    return 0
