@@ -1,5 +1,8 @@
 """What every test shares: those marked `gpu` are skipped, with the reason, where there is no CUDA device."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -19,3 +22,26 @@ def _has_cuda() -> bool:
     import torch  # here, so that the tests of the torch-free rooms start at once
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def real_model_folder() -> Path:
+    """Return the default model's folder, in the user's own cache; the first run fetches it."""
+    from dendrite.engine.registry import ModelStore
+
+    return ModelStore().locate("smollm2-135m-instruct").path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a maker of folders of tiny random models, by a family's name in `models_zoo.EXACT`. Do not write there."""
+    from tests.models_zoo import EXACT, save_tiny_model
+
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), EXACT[family]())
+        return folders[family]
+
+    return make

@@ -4,7 +4,7 @@ Weights are drawn wide (a standard deviation of 0.3), because with the usual 0.0
 a wrong mask would go unseen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -72,7 +72,7 @@ EXACT: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: tiny_config("mistral", sliding_window=None),
     "gemma": lambda: tiny_config("gemma"),
     "phi": lambda: tiny_config("phi", num_key_value_heads=4),
-    "gpt2": lambda: _config("gpt2", GPT2_DIMENSIONS),
+    "gpt2": lambda: family_config("gpt2", GPT2_DIMENSIONS),
     "olmo2": lambda: tiny_config("olmo2"),
     "qwen2-moe": lambda: tiny_config("qwen2_moe", **EXPERTS),
 }
@@ -81,7 +81,13 @@ EXACT: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def tiny_config(model_type: str, **overrides: object) -> PreTrainedConfig:
     """Return a configuration of a few thousand weights for a family that names its dimensions as Llama does."""
-    return _config(model_type, {**DIMENSIONS, **overrides})
+    return family_config(model_type, {**DIMENSIONS, **overrides})
+
+
+def family_config(model_type: str, values: Mapping[str, object]) -> PreTrainedConfig:
+    """Return a family's configuration with these values and its own defaults."""
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(values))
+    return config
 
 
 def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
@@ -122,8 +128,3 @@ def save_tiny_model(folder: Path, config: PreTrainedConfig, *, seed: int = 0) ->
     tiny_model(config, seed=seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def _config(model_type: str, values: dict[str, object]) -> PreTrainedConfig:
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(values))
-    return config
