@@ -216,6 +216,9 @@ class TextStream:
         self._in_byte_run = False
         self._settled = ""
         self._open = ""
+        """Text of `pending`: it may end in half a character, and in a byte run all of it may be undone."""
+        self._whole = ""
+        """The last `open` that ended in a whole character."""
         self._num_tokens = 0
         self._num_searched = 0
         self._marks = [(0, 0)]
@@ -276,10 +279,7 @@ class TextStream:
 
     def _replace_open(self, text: str, token_id: int) -> None:
         """Put `text` in the place of what the pending tokens said before the last one, `token_id`, came."""
-        unchanged = len(self._settled) + _common_length(self._open, text)
-        while self._marks[-1][1] > unchanged:
-            self._marks.pop()
-        self._num_searched = min(self._num_searched, unchanged)
+        self._num_searched = min(self._num_searched, len(self._settled) + _common_length(self._open, text))
         if token_id in self._tokenizer.byte_token_ids:
             self._in_byte_run = True
         elif text != self._open:
@@ -287,7 +287,11 @@ class TextStream:
             self._in_byte_run = False
         self._open = text
         if not text.endswith(_HALF):
+            unchanged = len(self._settled) + _common_length(self._whole, text)
+            while self._marks[-1][1] > unchanged:
+                self._marks.pop()
             self._marks.append((self._num_tokens, len(self._settled) + len(text)))
+            self._whole = text
 
     def _find_stop(self) -> None:
         if not self._stop:
@@ -303,25 +307,41 @@ class TextStream:
         if not self._open.endswith(_HALF) and not self._in_byte_run:
             self._advance(len(self._pending), self._open)
         elif len(self._pending) > _LONGEST_OPEN:
-            for num_tokens in range(len(self._pending) - _LONGEST_CHARACTER, 0, -1):
-                text = self._tokenizer.decode(self._prefix + self._pending[:num_tokens])
-                if window.startswith(text) and text.startswith(self._prefix_text):
-                    self._advance(num_tokens, text[len(self._prefix_text) :])
-                    return
+            self._settle_regardless(window)
 
-    def _advance(self, num_tokens: int, text: str) -> None:
+    def _settle_regardless(self, window: str) -> None:
+        """Settle most of a backlog: up to the last whole character, or, where there is none, what is broken anyway."""
+        num_pending = len(self._pending)
+        for num_tokens in range(num_pending, num_pending - 1 - _LONGEST_CHARACTER, -1):
+            text = self._tokenizer.decode(self._prefix + self._pending[:num_tokens])
+            if text.startswith(self._prefix_text) and not text.endswith(_HALF):
+                # The run begins anew behind the same prefix: the half character after it does not spoil what is shown.
+                self._advance(num_tokens, text[len(self._prefix_text) :], move_prefix=not self._prefix_text)
+                return
+        for num_tokens in range(num_pending - _LONGEST_CHARACTER, 0, -1):
+            text = self._tokenizer.decode(self._prefix + self._pending[:num_tokens])
+            if window.startswith(text) and text.startswith(self._prefix_text):
+                self._advance(num_tokens, text[len(self._prefix_text) :])
+                return
+
+    def _advance(self, num_tokens: int, text: str, *, move_prefix: bool = True) -> None:
         """Settle the first pending tokens, whose text is `text`; they become the prefix."""
-        prefix, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
+        settled, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         self._settled += text
-        self._open = self._open[len(text) :]
+        if text and move_prefix:
+            self._move_prefix(settled)
+        self._open = self._whole = ""
+        if self._pending:
+            window = self._tokenizer.decode(self._prefix + self._pending)
+            self._open = window[_common_length(self._prefix_text, window) :]
+
+    def _move_prefix(self, token_ids: list[int]) -> None:
+        text = self._tokenizer.decode(token_ids)
         if not text:
-            return
-        prefix_text = self._tokenizer.decode(prefix)
-        if not prefix_text:
-            # A first space that decoders drop: alone it would give what follows no surroundings.
-            prefix = (self._prefix + prefix)[-_LONGEST_OPEN:]
-            prefix_text = self._tokenizer.decode(prefix)
-        self._prefix, self._prefix_text = prefix, prefix_text
+            # A first space, which decoders drop: alone it would give no surroundings to what follows.
+            token_ids = (self._prefix + token_ids)[-_LONGEST_OPEN:]
+            text = self._tokenizer.decode(token_ids)
+        self._prefix, self._prefix_text = token_ids, text
 
     def _num_maybe_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
