@@ -67,7 +67,7 @@ class HuggingFaceHub:
     def remove(self, repo: str) -> int:
         """Remove all revisions of the model from the cache."""
         try:
-            cache = scan_cache_dir()
+            cache = scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE)
         except CacheNotFound:
             return 0
         revisions = [each.commit_hash for entry in cache.repos if entry.repo_id == repo for each in entry.revisions]

@@ -148,7 +148,7 @@ class ModelStore:
         """
         if model := self._known.get(name):
             return self._from_hub(name, self._hub.cached(model.repo), model.repo) or self._converted(model)
-        if (folder := Path(name).expanduser()).is_dir():
+        if (folder := _own_folder(name)) is not None:
             return Location(folder.resolve().name, folder, "folder", "put the model's files there again")
         if not HUB_ID.fullmatch(name):
             raise ModelError(self._unknown(name))
@@ -177,7 +177,7 @@ class ModelStore:
             ModelError: it is not there, or is a folder of the user's own.
         """
         model = self._known.get(name)
-        if model is None and Path(name).expanduser().is_dir():
+        if model is None and _own_folder(name) is not None:
             raise ModelError(f"{name} is a folder of yours, not of the cache: remove it yourself")
         if model is None and not HUB_ID.fullmatch(name):
             raise ModelError(self._unknown(name))
@@ -343,6 +343,11 @@ def _read_manifest(folder: Path, advice: str) -> _Manifest:
         return _Manifest(int(content["conversion"]), files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / MANIFEST} is missing or corrupt; {advice}") from error
+
+
+def _own_folder(name: str) -> Path | None:
+    folder = Path(name).expanduser()
+    return folder if name and folder.is_dir() else None
 
 
 def _wheel_location(model: KnownModel, folder: Path) -> Location:

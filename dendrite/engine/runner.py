@@ -16,6 +16,7 @@ from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.attention.interface import STEP_KEYWORD
 from dendrite.engine.batch import Batch
 from dendrite.engine.kv_pool import KVPool, num_blocks_for
+from dendrite.engine.passes import optimise
 from dendrite.engine.spec import ModelSpec
 
 
@@ -49,7 +50,9 @@ class TorchRunner:
         block_size: int,
         attention: Callable[[KVPool, ModelSpec], AttentionBackend] = TreeAttention,
     ) -> None:
-        """Take a model that was loaded with `attn_implementation="dendrite"` and allocate its pool.
+        """Take a model that was loaded with `attn_implementation="dendrite"`, make it fast, allocate its pool.
+
+        The model's modules are replaced in place, so it is good for nothing else afterwards.
 
         Raises:
             RequestError: `kv_memory` or `block_size` is too small for a single block.
@@ -61,6 +64,7 @@ class TorchRunner:
         self._device = model.device
         self._pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=model.device)
         self._backend = attention(self._pool, spec)
+        optimise(model)
         self._decoder: nn.Module = model.get_decoder()
         self._head = _head_of(model, self._decoder)
 
@@ -128,7 +132,7 @@ def _head_of(model: nn.Module, decoder: nn.Module) -> nn.Module:
 
 def _replaced(module: nn.Module, path: list[str], leaf: nn.Module) -> nn.Module:
     clone = copy.copy(module)
-    clone.__dict__["_modules"] = dict(module.named_children())  # a copy shares the dictionary itself
+    clone.__dict__["_modules"] = dict(module.__dict__["_modules"])  # a copy shares the dictionary itself
     name = path[0]
     setattr(clone, name, leaf if len(path) == 1 else _replaced(module.get_submodule(name), path[1:], leaf))
     return clone

@@ -28,7 +28,7 @@ def reply(text: str) -> str | list[str]:
     if text.endswith("?"):
         return [" yes.", " no."]
     if text[-1:].isdigit():
-        return str((int(text[-1]) + 1) % 10) * 3
+        return str((int(text[-1]) + 1) % 10) * 30
     return " so it is.\nAnd more."
 
 
@@ -37,7 +37,6 @@ def engine() -> Iterator[Engine]:
     """An engine whose pool must be whole again at the end."""
     with scripted_engine(reply) as made:
         yield made
-        gc.collect()
         made.check_integrity()
 
 
@@ -150,7 +149,7 @@ def test_equal_roots_are_computed_once(engine: Engine) -> None:
     branches = [engine.root(prompt) for _ in range(4)]
     engine.generate(branches, max_tokens=2)
     stats = engine.stats()
-    assert stats.tokens_shared == 3 * branches[0].fork(1, at=len(prompt))[0].num_tokens
+    assert stats.tokens_shared == 3 * (branches[0].num_tokens - 2)
     assert stats.tokens_computed < 1.5 * len(prompt)
     assert [branch.text for branch in branches] == [prompt + "22"] * 4
 
@@ -238,7 +237,9 @@ def test_pruning_everything_frees_everything(engine: Engine) -> None:
 def test_collected_branches_free_their_blocks(engine: Engine) -> None:
     """No handle, no blocks: what Python collects is given back."""
     engine.root("well").generate(max_tokens=5)
-    gc.collect()
+    deadline = time.monotonic() + 10  # the loop's thread may hold the branch until its step is over
+    while engine.stats().blocks_used and time.monotonic() < deadline:
+        gc.collect()
     assert engine.stats().blocks_used == 0
     with engine.root("well") as root:
         root.generate(max_tokens=5)
