@@ -328,7 +328,7 @@ class TextStream:
         """Settle the first pending tokens, whose text is `text`; they become the prefix."""
         settled, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         self._settled += text
-        if text and move_prefix:
+        if move_prefix and (text or not self._prefix_text):
             self._move_prefix(settled)
         self._open = self._whole = ""
         if self._pending:
@@ -338,7 +338,7 @@ class TextStream:
     def _move_prefix(self, token_ids: list[int]) -> None:
         text = self._tokenizer.decode(token_ids)
         if not text:
-            # A first space, which decoders drop: alone it would give no surroundings to what follows.
+            # A first space, which decoders drop, or special tokens: alone they give no surroundings to what follows.
             token_ids = (self._prefix + token_ids)[-_LONGEST_OPEN:]
             text = self._tokenizer.decode(token_ids)
         self._prefix, self._prefix_text = token_ids, text

@@ -348,4 +348,4 @@ def test_endless_special_tokens_cost_nothing_that_grows() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     done = Streamed(tokenizer, [1], [2] * 500 + tokenizer.encode(" the dog"))
     assert done.stream.text == " the dog"
-    assert len(done.stream._prefix) + len(done.stream._pending) < 10
+    assert len(done.stream._prefix) + len(done.stream._pending) < 100
