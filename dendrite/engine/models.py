@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -127,7 +129,26 @@ def _tokenizer(location: Location) -> PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer in {location.path} cannot be read ({error}); {location.advice}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer in {location.path} is of no kind that Transformers knows")
+    _restore_split(tokenizer, location.path / "tokenizer.json")
     return tokenizer
+
+
+def _restore_split(tokenizer: PreTrainedTokenizerBase, published: Path) -> None:
+    """Split text as `tokenizer.json` says, where Transformers put its class's own split in its place.
+
+    SmolLM2 on the hub names the class GPT2Tokenizer but splits every digit off; Transformers 5 rebuilds that class
+    without this, and then text like "x = 20" becomes other tokens than the model was trained on. Only byte-level
+    tokenizers are touched: for the others the split is but one part of several that were exchanged together.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    verbatim = type(tokenizer) is PreTrainedTokenizerFast
+    if verbatim or not isinstance(backend, Tokenizer) or not published.is_file():
+        return
+    original = Tokenizer.from_file(str(published)).pre_tokenizer
+    if original is None or backend.pre_tokenizer is None or str(original) == str(backend.pre_tokenizer):
+        return
+    if "ByteLevel" in str(original) and "ByteLevel" in str(backend.pre_tokenizer):
+        backend.pre_tokenizer = original
 
 
 def _model(location: Location, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig
 
@@ -271,6 +272,22 @@ def test_cuda_without_a_device_is_refused(tiny_folder: Callable[[str], Path]) ->
     """Asking for a GPU that is not there names the way out."""
     with pytest.raises(ModelError, match="use device='cpu'"):
         load_model(str(tiny_folder("llama")), device="cuda")
+
+
+def test_text_is_split_as_the_tokenizers_file_says(tmp_path: Path) -> None:
+    """A class name in the configuration that stands for another split does not change a single token."""
+    folder = save_tiny_model(tmp_path, tiny_config("llama"))
+    published = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    published.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    published.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = load_model(str(folder)).tokenizer
+    assert "Digits" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    for text in ["  12 34", "x  = 20\n\n 3.5", "step by step"]:
+        assert tokenizer.encode(text) == published.encode(text).ids
 
 
 # --- damaged folders -----------------------------------------------------------------------------------------------
