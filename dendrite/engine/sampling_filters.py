@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dendrite.engine.config import SamplingParams
 
-HEAD = 1024
-"""How many of the likeliest tokens are put in order first; rows with a wider nucleus go on with 8 times as many."""
+HEAD = 64
+"""How many of the likeliest tokens are put in order first; rows with a wider nucleus go on with 16 times as many."""
+CHUNK = 64
+"""Tokens that share one maximum in the search for the likeliest."""
 
 
 def keep_likely(weights: Tensor, params: Sequence[SamplingParams], scratch: Tensor) -> Tensor:
@@ -60,20 +62,34 @@ def _cuts(
         smallest[pending[cut]] = ends[cut]
         quotas[pending[inside_equals]] = (lengths - (head > ends[:, None]).sum(1))[inside_equals]
         pending = pending[~found]
-        width *= 8
+        width *= 16
     return smallest, quotas
 
 
 def _largest(weights: Tensor, rows: NDArray[np.int64], width: int, scratch: Tensor) -> NDArray[np.float32]:
-    """The `width` largest weights of each of those rows in falling order, by numpy's vectorised partition and sort."""
-    part = torch.index_select(weights, 0, torch.from_numpy(rows).to(weights.device), out=scratch[: len(rows)])
-    values: NDArray[np.float32] = part.cpu().numpy()
-    rest = values.shape[1] - width
+    """The `width` largest weights of each of those rows, in falling order."""
+    weights = weights.cpu()
+    if width * 4 <= weights.shape[1] // CHUNK:
+        candidates = _largest_chunks(weights, rows, width)
+    else:
+        candidates = np.take(weights.numpy(), rows, axis=0, out=scratch.cpu().numpy()[: len(rows)], mode="clip")
+    rest = candidates.shape[1] - width
     if rest:
-        values.partition(rest, axis=1)
-    head = values[:, rest:]
+        candidates.partition(rest, axis=1)
+    head = candidates[:, rest:]
     head.sort(axis=1)
     return head[:, ::-1]
+
+
+def _largest_chunks(weights: Tensor, rows: NDArray[np.int64], width: int) -> NDArray[np.float32]:
+    """The `width` chunks with the largest maxima, which hold the `width` largest weights, and what no chunk holds."""
+    num_rows, vocab_size = weights.shape
+    num_chunks = vocab_size // CHUNK
+    chunks = weights[:, : num_chunks * CHUNK].view(num_rows, num_chunks, CHUNK)
+    maxima = chunks.amax(-1).numpy()[rows]
+    largest = np.argpartition(maxima, num_chunks - width, axis=1)[:, num_chunks - width :]
+    inside = chunks.numpy()[rows[:, None], largest].reshape(len(rows), width * CHUNK)
+    return np.concatenate([inside, weights.numpy()[rows, num_chunks * CHUNK :]], axis=1)
 
 
 def _lengths(
