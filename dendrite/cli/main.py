@@ -1,6 +1,8 @@
 """`dendrite`: one application, one module for each command.
 
     main.py ──► models.py      dendrite models list | fetch | remove
+            ├─► verify.py      dendrite verify
+            ├─► bench.py       dendrite bench fork | tree
             └─► ...            a command adds itself with one line below
 
 A command's module imports nothing heavy at its top, and puts `with errors_shown():` around its work.
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import typer
 
-from dendrite.cli import models
+from dendrite.cli import bench, models, verify
 
 app = typer.Typer(
     name="dendrite",
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models.app, name="models")
+app.command()(verify.verify)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

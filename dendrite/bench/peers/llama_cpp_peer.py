@@ -1,0 +1,124 @@
+"""llama.cpp as a peer, through the low-level interface of llama-cpp-python: sequence copies are its forks.
+
+python -m dendrite.bench.peers.llama_cpp_peer FILE.gguf
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from dendrite.bench.peers.protocol import PeerError, TreeTask, TreeTimes, serve
+
+BATCH = 512
+"""Tokens given to one call of `llama_decode`, its own default."""
+INSTALL = "llama-cpp-python is not installed; `pip install llama-cpp-python` compiles it, which takes some minutes"
+
+
+class LlamaCpp:
+    """A model, and a context as large as the last task needed."""
+
+    def __init__(self, library: ModuleType, path: str) -> None:
+        self._lib = library
+        library.llama_backend_init()
+        self._model = library.llama_model_load_from_file(path.encode(), library.llama_model_default_params())
+        if not self._model:
+            raise PeerError(f"llama.cpp cannot load {path}")
+        self._shape = (0, 0)
+        self._context: object = None
+        self._batch = library.llama_batch_init(BATCH, 0, 1)
+
+    def run(self, task: TreeTask) -> TreeTimes:
+        """One repetition: prompt on sequence 0, copies to the others, then one batch of all branches a token."""
+        lib = self._lib
+        self._make_room(task)
+        memory = lib.llama_get_memory(self._context)
+        lib.llama_memory_clear(memory, True)
+        samplers = [self._sampler(task, branch) for branch in range(task.num_branches)]
+        began = time.perf_counter()
+        last = self._prefill(task.prompt)
+        prefilled = time.perf_counter()
+        for branch in range(1, task.num_branches):
+            lib.llama_memory_seq_cp(memory, 0, branch, -1, -1)
+        forked = time.perf_counter()
+        tokens = [lib.llama_sampler_sample(sampler, self._context, last) for sampler in samplers]
+        for position in range(len(task.prompt), len(task.prompt) + task.num_tokens - 1):
+            self._decode([(token, position, branch, True) for branch, token in enumerate(tokens)])
+            tokens = [lib.llama_sampler_sample(sampler, self._context, row) for row, sampler in enumerate(samplers)]
+        done = time.perf_counter()
+        for sampler in samplers:
+            lib.llama_sampler_free(sampler)
+        num_decoded = task.num_branches * (task.num_tokens - 1)
+        return TreeTimes(prefilled - began, forked - prefilled, done - forked, num_decoded)
+
+    def _prefill(self, prompt: Sequence[int]) -> int:
+        """Compute the prompt; the row, in its last batch, whose logits predict the first token."""
+        row = 0
+        for first in range(0, len(prompt), BATCH):
+            part = prompt[first : first + BATCH]
+            row = len(part) - 1
+            is_end = first + len(part) == len(prompt)
+            self._decode([(token, first + i, 0, is_end and i == row) for i, token in enumerate(part)])
+        return row
+
+    def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One call over (token, position, sequence, whether its logits are wanted)."""
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for row, (token, position, sequence, wants_logits) in enumerate(entries):
+            batch.token[row] = token
+            batch.pos[row] = position
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = sequence
+            batch.logits[row] = wants_logits
+        if status := self._lib.llama_decode(self._context, batch):
+            raise PeerError(f"llama_decode gave {status}")
+
+    def _sampler(self, task: TreeTask, branch: int) -> object:
+        lib = self._lib
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(task.temperature))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(task.seed + branch))
+        return chain
+
+    def _make_room(self, task: TreeTask) -> None:
+        num_cells = len(task.prompt) + task.num_branches * task.num_tokens
+        if self._shape == (num_cells, task.num_branches):
+            return
+        lib = self._lib
+        if self._context is not None:
+            lib.llama_free(self._context)
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = -(-num_cells // 256) * 256
+        parameters.n_batch = BATCH
+        parameters.n_ubatch = BATCH
+        parameters.n_seq_max = task.num_branches
+        parameters.n_threads = parameters.n_threads_batch = os.cpu_count() or 1
+        parameters.kv_unified = True  # sequences share cells, so that a copy copies nothing
+        self._context = lib.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise PeerError(f"llama.cpp cannot make a context of {num_cells} cells")
+        self._shape = (num_cells, task.num_branches)
+
+
+def main(path: str) -> None:
+    """Load, then answer tasks until the input ends."""
+
+    def start() -> tuple[str, Callable[[TreeTask], TreeTimes]]:
+        try:
+            library = importlib.import_module("llama_cpp")
+        except ImportError as error:
+            raise PeerError(INSTALL) from error
+        peer = LlamaCpp(library, path)
+        peer.run(TreeTask([1] * 8, 2, 4, 1.0, 0))
+        return f"llama-cpp-python {library.__version__}", peer.run
+
+    serve(start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

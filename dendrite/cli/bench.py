@@ -1,0 +1,110 @@
+"""`dendrite bench`: measurements on this machine, beside other engines in the same run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dendrite.cli.console import errors_shown
+
+if TYPE_CHECKING:  # the command line starts without it
+    from dendrite.bench.figures import Result
+
+app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="A short name, a hub id or a folder.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", dir_okay=False)]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@app.callback()
+def bench() -> None:
+    """Measure the engine on this machine. Nothing else should be running."""
+
+
+@app.command()
+def fork(
+    model: Model = DEFAULT_MODEL,
+    *,
+    batches: Annotated[int, typer.Option(min=1, help="Hundreds of calls for each parent.")] = 20,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time forks and prunes at many lengths and depths, idle and while the engine steps; count blocks."""
+    from dendrite.bench.fork import bench_fork
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_fork(model, num_batches=batches, progress=progress)
+        _show(result, json_file, markdown=markdown)
+
+
+@app.command()
+def tree(
+    model: Model = DEFAULT_MODEL,
+    *,
+    branches: Annotated[int, typer.Option(min=1, help="Branches over the prompt.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 64,
+    prefix: Annotated[str, typer.Option(help="Lengths of the prompt, with commas.")] = "512,2048",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    peer: Annotated[list[str] | None, typer.Option(help="hf or llama.cpp; may be given twice. Without it: hf.")] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="The interpreter of the environment that has llama-cpp-python.")
+    ] = None,
+    gguf: Annotated[str | None, typer.Option(help="The file that llama.cpp runs, if not the model's own.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each engine, in turns.")] = 3,
+    busy: Annotated[bool, typer.Option("--busy", help="Also beside a busy thread and a busy process.")] = False,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Decode many branches over one prompt, beside Transformers and llama.cpp."""
+    from dendrite.bench.tree import TreeSettings, bench_tree
+    from dendrite.cli.progress import progress_line
+
+    settings = TreeSettings(
+        num_branches=branches,
+        num_tokens=tokens,
+        prefixes=_lengths(prefix),
+        dtype=dtype,
+        peers=tuple(peer) if peer is not None else ("hf",),
+        peer_python=peer_python,
+        gguf=gguf,
+        num_rounds=rounds,
+        busy=busy,
+    )
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_tree(model, settings, progress=progress)
+        _show(result, json_file, markdown=markdown)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of lengths: give such as 512,2048") from error
+    if min(lengths) < 1:
+        raise typer.BadParameter("a prompt has 1 token or more")
+    return lengths
+
+
+def _show(result: Result, json_file: Path | None, *, markdown: bool) -> None:
+    from rich.console import Console
+
+    from dendrite.bench.table import as_markdown, as_table
+
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if markdown:
+        print(as_markdown(result))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(as_table(result))
+    for note in result.notes:
+        console.print(f"· {note}", highlight=False, markup=False)

@@ -1,0 +1,150 @@
+"""The verification as a whole: which cases run, in which order, on which set-ups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dendrite.engine.errors import RequestError
+from dendrite.engine.models import load_model
+from dendrite.engine.registry import ModelStore
+from dendrite.verify import bfloat16, cases
+from dendrite.verify.judge import Expected, judge_worst
+from dendrite.verify.prompts import Prompt, make_prompts
+from dendrite.verify.reference import Reference
+from dendrite.verify.report import Report, Row
+from dendrite.verify.subject import Load, Setup, Subject, opened
+
+NUM_TOKENS = 64
+"""Greedy tokens of each prompt."""
+MARGIN = 64
+"""Tokens of the context left for continuations that are scored."""
+BATCHED = 64
+"""Unless everything is asked for, the reference runs prompts up to this length as one batch."""
+SETUPS = (Setup(1, 37), Setup(8, 64), Setup(32, 100))
+GRID = tuple(Setup(block_size, chunk) for block_size in (1, 8, 16, 32) for chunk in (1, 7, 64, 512))
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all groups of cases need."""
+
+    name: str
+    full: bool
+    load: Load
+    progress: Progress
+    reference: Reference
+    expected: Sequence[Expected]
+
+    def by_name(self, *names: str) -> list[Expected]:
+        """The prompts of these names that the model has (no template, no chats)."""
+        return [one for one in self.expected if one.prompt.name in names]
+
+
+def verify(
+    name: str,
+    *,
+    full: bool = False,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+    load: Load = load_model,
+) -> Report:
+    """Compare the engine on this machine with an untouched copy of the model in Transformers.
+
+    Args:
+        name: a short name, a hub id or a folder.
+        full: the whole grid of set-ups, forks at every offset, the reference prompt by prompt; minutes, not a minute.
+        dtype: "float32": tokens equal and logits within 1e-4; "bfloat16": logits within twice what Transformers' own
+            bfloat16 loses.
+        progress: told what runs now.
+        load: how the engine's copy is loaded; a test of this command gives it a broken one.
+
+    Raises:
+        RequestError: `dtype` is neither of the two.
+        ModelError: no such model, or one that the engine refuses.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise RequestError(f"dtype={dtype!r} cannot be verified: give float32 or bfloat16")
+    began = time.monotonic()
+    progress = progress or _silence
+    progress("loading the reference")
+    folder = ModelStore().locate(name).path
+    reference = Reference(folder)
+    with opened(name, dtype=dtype, setup=Setup(), load=load) as subject:
+        expected = _expectations(subject, reference, progress, full=full)
+        run = _Run(name, full, load, progress, reference, expected)
+        if dtype == "float32":
+            rows = list(_main_rows(run, subject))
+        else:
+            rows = list(_bfloat16_rows(run, subject, Reference(folder, dtype=dtype)))
+    if dtype == "float32":
+        rows += _setup_rows(run)
+    return Report(name, dtype, tuple(rows), time.monotonic() - began)
+
+
+def _silence(_text: str) -> None:
+    pass
+
+
+def _expectations(subject: Subject, reference: Reference, progress: Progress, *, full: bool) -> list[Expected]:
+    engine = subject.engine
+    room = engine.spec.context_length - NUM_TOKENS - MARGIN
+    if room < 1:
+        raise RequestError(f"the model's context of {engine.spec.context_length} tokens is too short to verify")
+    prompts = make_prompts(engine.tokenizer, room=room, has_template=reference.has_template)
+    return [
+        Expected(prompt, tuple(tokens), reference.logits([*prompt.token_ids, *tokens[:-1]], NUM_TOKENS))
+        for prompt, tokens in _reference_tokens(prompts, reference, progress, batched=0 if full else BATCHED)
+    ]
+
+
+def _reference_tokens(
+    prompts: Sequence[Prompt], reference: Reference, progress: Progress, *, batched: int
+) -> Iterator[tuple[Prompt, list[int]]]:
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= batched]
+    if short:
+        progress(f"reference: {len(short)} short prompts, {NUM_TOKENS} tokens each")
+        yield from zip(short, reference.greedy([prompt.token_ids for prompt in short], NUM_TOKENS), strict=True)
+    for prompt in prompts:
+        if len(prompt.token_ids) > batched:
+            progress(f"reference: {prompt.name}, {NUM_TOKENS} tokens")
+            yield prompt, reference.greedy([prompt.token_ids], NUM_TOKENS)[0]
+
+
+def _main_rows(run: _Run, subject: Subject) -> Iterator[Row]:
+    run.progress("tokenization")
+    yield cases.tokenization(subject.engine, run.reference)
+    for expected in run.expected:
+        run.progress(f"greedy: {expected.prompt.name}")
+        yield from cases.greedy(subject, expected)
+    for expected in run.expected if run.full else run.by_name("plain", "long chat", "129 tokens"):
+        run.progress(f"forks: {expected.prompt.name}")
+        yield from cases.forks(subject, expected, num_tokens=8, every=run.full and len(expected.path) < 256)
+    run.progress("company")
+    yield from cases.company(subject, run.expected, num_tokens=NUM_TOKENS if run.full else 16)
+    for expected in run.expected if run.full else run.by_name("chat", "513 tokens"):
+        run.progress(f"cache: {expected.prompt.name}")
+        yield from cases.cache(subject, expected, num_tokens=16)
+    for expected in run.expected if run.full else run.by_name("1 token", "emoji", "chat", "513 tokens"):
+        run.progress(f"score: {expected.prompt.name}")
+        yield cases.scores(subject, run.reference, expected)
+
+
+def _setup_rows(run: _Run) -> Iterator[Row]:
+    """Other sizes of blocks and chunks, each an engine of its own."""
+    for setup in GRID if run.full else SETUPS:
+        run.progress(str(setup))
+        with opened(run.name, dtype="float32", setup=setup, load=run.load) as subject:
+            for expected in run.by_name("code", "long chat", "129 tokens"):
+                rows = [*cases.greedy(subject, expected)] if run.full else []
+                rows += cases.forks(subject, expected, num_tokens=8)
+                yield judge_worst("set-up", f"{setup}: {expected.prompt.name}", rows)
+
+
+def _bfloat16_rows(run: _Run, subject: Subject, halved: Reference) -> Iterator[Row]:
+    for expected in run.expected:
+        run.progress(f"bfloat16: {expected.prompt.name}")
+        yield from bfloat16.forced(subject, halved, expected, num_tokens=NUM_TOKENS if run.full else 16)

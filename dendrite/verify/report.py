@@ -1,0 +1,55 @@
+"""What a verification found, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "tie", "miss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case: what was compared and how it came out."""
+
+    group: str
+    """What it is about: `greedy`, `fork`, `score` …"""
+    case: str
+    tokens_equal: int
+    """Leading tokens that equal the reference's."""
+    tokens_total: int
+    """0 where no tokens are compared."""
+    max_difference: float
+    """Of a logit, or of a log-probability where the note says so; to the first unequal token, that one included."""
+    tolerance: float
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All cases of one run."""
+
+    model: str
+    dtype: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether there was something to compare and nothing of it is a miss."""
+        return bool(self.rows) and not self.misses
+
+    @property
+    def misses(self) -> tuple[Row, ...]:
+        """The cases that came out wrong."""
+        return tuple(row for row in self.rows if row.verdict == "miss")
+
+    @property
+    def ties(self) -> tuple[Row, ...]:
+        """The cases that rounding decided."""
+        return tuple(row for row in self.rows if row.verdict == "tie")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for `json.dumps`."""
+        return {**asdict(self), "ok": self.ok}
