@@ -146,9 +146,11 @@ def _likeliest(logits: Tensor, normalizer: Tensor, widths: Sequence[int]) -> lis
     asking = [index for index, width in enumerate(widths) if width]
     if not asking:
         return tops
-    rows = torch.tensor(asking, device=logits.device)
-    values, token_ids = logits[rows].topk(min(max(widths), logits.shape[1]), -1)
-    logprobs = (values - normalizer[rows, None]).clamp(max=0)
+    if len(asking) < len(widths):
+        rows = torch.tensor(asking, device=logits.device)
+        logits, normalizer = logits[rows], normalizer[rows]
+    values, token_ids = logits.topk(min(max(widths), logits.shape[1]), -1)
+    logprobs = (values - normalizer[:, None]).clamp(max=0)
     for index, ids_of_row, logprobs_of_row in zip(asking, token_ids.tolist(), logprobs.tolist(), strict=True):
         tops[index] = tuple(zip(ids_of_row, logprobs_of_row, strict=True))[: widths[index]]
     return tops
