@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, overload
 
 from dendrite.engine.config import SamplingOptions
-from dendrite.engine.core import BranchRecord
 from dendrite.engine.errors import RequestError
 from dendrite.engine.generation import Generation
 from dendrite.engine.messages import Message
+from dendrite.engine.record import BranchRecord
 from dendrite.engine.states import Status
 
 if TYPE_CHECKING:

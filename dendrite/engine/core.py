@@ -1,6 +1,6 @@
 """What happens to branches, behind the handles: check, then change, under the loop's lock.
 
-`Branch` is what a user holds, `BranchRecord` what the engine knows of it. Every method here either does all it says or
+Every method here either does all it says or
 raises and leaves everything as it was.
 """
 
@@ -17,6 +17,7 @@ from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.random import child_key, root_key
+from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import Group, ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.scheduler import Scheduler
@@ -30,24 +31,6 @@ if TYPE_CHECKING:
 
 Sink = Callable[[str | None], None]
 """Takes pieces of text from the loop's thread as they come, then None."""
-
-
-class BranchRecord:
-    """The engine's side of a branch."""
-
-    __slots__ = ("chat", "key", "logprobs", "num_forks", "salt", "tip")
-
-    def __init__(self, tip: Tip, *, salt: int, key: int, chat: tuple[tuple[Message, ...], int] | None) -> None:
-        self.tip = tip
-        self.salt = salt  # of the root, or of the seed a fork was given
-        self.key = key  # the path of child indices below whoever got the salt
-        self.chat = chat  # the conversation, and the number of tokens it renders to
-        self.num_forks = 0  # child indices are never used twice, so randomness never is
-        self.logprobs: list[float] = []
-
-    def key_for(self, seed: int | None) -> int:
-        """The 64-bit key of this branch's draws: its path under the root's salt, or under `seed`."""
-        return child_key(root_key(seed) if seed is not None else self.salt, self.key)
 
 
 class Core:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -224,7 +224,7 @@ def test_pruning_a_running_branch_ends_its_generation(engine: Engine) -> None:
 
 
 def test_pruning_everything_frees_everything(engine: Engine) -> None:
-    """free = total, and pruning twice is fine."""
+    """Free = total, and pruning twice is fine."""
     root = engine.root("well 1")
     forks = root.fork(8)
     engine.generate(forks, max_tokens=20)
@@ -262,7 +262,7 @@ def test_a_busy_branch_refuses_to_change_but_can_be_forked(engine: Engine) -> No
     stream.close()  # type: ignore[attr-defined]
 
 
-BAD_CALLS = {
+BAD_CALLS: dict[str, tuple[type[Exception], Callable[[Branch], object]]] = {
     "negative temperature": (RequestError, lambda b: b.generate(temperature=-1.0)),
     "no tokens": (RequestError, lambda b: b.generate(max_tokens=0)),
     "fork(0)": (BranchError, lambda b: b.fork(0)),

@@ -13,8 +13,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.plan import Run
-from dendrite.engine.scheduler import _StepBuilder
 from dendrite.engine.requests import GenerateRequest
+from dendrite.engine.scheduler import _StepBuilder
 from dendrite.engine.tree import KVNode, KVTree, Tip
 
 TOKENS = st.integers(0, 5)
