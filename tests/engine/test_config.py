@@ -56,8 +56,8 @@ def test_a_refusal_names_the_field_the_value_and_what_is_allowed(options: Sampli
 
 def test_an_unknown_option_is_refused_with_the_closest_name() -> None:
     """A slip of the pen does not silently sample at the defaults."""
-    with pytest.raises(RequestError, match="did you mean 'temperature'"):
-        SamplingParams.of(temprature=0.5)  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="did you mean 'max_tokens'"):
+        SamplingParams.of(max_token=5)  # type: ignore[call-arg]
 
 
 def test_stop_is_always_a_tuple() -> None:
