@@ -1,0 +1,97 @@
+"""`explain()`: the operations as text, the same on every machine."""
+
+import re
+from collections.abc import Sequence
+
+import dendrite as dd
+
+
+@dd.expand(width=5, max_tokens=32, stop="\n")
+def step(node: dd.Node) -> str:
+    return "\nStep:"
+
+
+def early(node: dd.Node) -> bool:
+    return node.depth < 2
+
+
+@dd.observe(concurrency=4)
+async def use_tool(node: dd.Node) -> str:
+    return node.text
+
+
+@dd.score
+def value(node: dd.Node) -> dd.Choice:
+    return dd.Choice(["sure", "no"], "\nReaches 24?")
+
+
+@dd.score(batch=16, weight=0.5)
+async def reward(nodes: Sequence[dd.Node]) -> list[float]:
+    return [1.0 for _ in nodes]
+
+
+@dd.prune(keep=2)
+def diverse(nodes: Sequence[dd.Node]) -> Sequence[dd.Node]:
+    return nodes
+
+
+def explained(program: dd.Program) -> str:
+    return re.sub(r"(\.py):\d+", r"\1:LINE", program.explain())
+
+
+def test_a_small_program() -> None:
+    """Ten operations, one line each."""
+    program = dd.compile(dd.expand(cue="\nStep:", width=5), value, dd.prune(keep=3), strategy=dd.Beam(depth=3))
+    assert (
+        explained(program)
+        == """\
+open     the prompt as a user's turn, or a fork of the branch it is run on
+loop     Beam(depth=3)
+  propose  5 children after '\\nStep:'
+  append   each cue once, on a fork of its node
+  fork     one branch a child
+  generate all in one batch, up to 256 tokens, temperature 1
+  score    value, test_explain.py:LINE
+  select   keep the best 3 of the whole frontier
+  release  prune the branches of all others
+return   the best node: its path stays live, everything else is pruned"""
+    )
+
+
+def test_a_large_program() -> None:
+    """Every option shows where it takes effect."""
+    program = dd.compile(
+        step,
+        dd.expand(cue="\nAnswer:", when=early, stop=["\n", "."], temperature=0.0),
+        use_tool,
+        value,
+        reward,
+        diverse,
+        strategy=dd.Beam(depth=4),
+        on_error="drop",
+    )
+    assert (
+        explained(program)
+        == """\
+open     the prompt as a user's turn, or a fork of the branch it is run on
+loop     Beam(depth=4)
+  propose  5 children after the cue of step, test_explain.py:LINE, dynamic
+  propose  1 child after '\\nAnswer:', when early, test_explain.py:LINE
+  append   each cue once, on a fork of its node
+  fork     one branch a child
+  generate all in one batch, up to 32 tokens, stop at '\\n', temperature 1; up to 256 tokens, stop at '\\n' or '.', \
+temperature 0
+  observe  use_tool, test_explain.py:LINE, async, at most 4 at once
+  score    value, test_explain.py:LINE
+  score    reward, test_explain.py:LINE, async, times 0.5, 16 nodes a call
+  select   what diverse, test_explain.py:LINE returns, the first 2
+  release  prune the branches of all others
+return   the best node: its path stays live, everything else is pruned
+         nodes that a function fails on are dropped"""
+    )
+
+
+def test_lines_are_where_the_function_stands() -> None:
+    """A reader can go there."""
+    line = value.__code__.co_firstlineno
+    assert f"value, test_explain.py:{line}" in dd.compile(step, value, strategy=dd.Beam(depth=1)).explain()
