@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dendrite.engine.attention.base import AttentionBackend, AttentionStep
 from dendrite.engine.attention.cpu import TreeAttention
@@ -112,12 +113,19 @@ class TorchRunner:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
+@dataclass
+class _HiddenOnly(MoeModelOutputWithPast):
+    """A decoder's output with every field that some family's head passes on; all but the hidden state are None."""
+
+    cross_attentions: None = None
+
+
 class _Given(nn.Module):
     """Stands where the decoder was: what comes in as embeddings goes out as the final hidden state."""
 
-    def forward(self, *, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _HiddenOnly:
         """Return `inputs_embeds` [1, n, hidden_size] unchanged."""
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _HiddenOnly(last_hidden_state=inputs_embeds)
 
 
 def _head_of(model: nn.Module, decoder: nn.Module) -> nn.Module:

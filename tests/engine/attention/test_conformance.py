@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.cpu import TreeAttention
@@ -20,8 +21,8 @@ from tests.engine.attention.conformance import Node
 Backend = Callable[[KVPool, ModelSpec], AttentionBackend]
 
 EXACT = 1e-5
-ROUNDED = 0.03
-"""bfloat16 keeps 8 bits: scores, weights and values are each rounded by up to 1/256 of values of about 1."""
+ROUNDED = 0.06
+"""bfloat16 keeps 8 bits: scores of up to 10 are off by up to 0.03, and weights by as much of values of up to 4."""
 
 backends = pytest.mark.parametrize("backend", [ReferenceAttention, TreeAttention])
 
@@ -39,6 +40,15 @@ SHAPES: dict[str, Node] = {
     "short suffixes": Node(80, 0, [Node(4, 4), Node(1, 1), Node(6, 6)]),
     "leaves of many lengths": Node(10, 0, [Node(length, 1) for length in (1, 700, 3, 1, 40, 2)]),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Operators this small only wait for each other's threads, for long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @backends
