@@ -79,8 +79,10 @@ class HFTokenizer:
                 "tokenizer.json and load the folder again"
             )
         self._tokenizer = tokenizer
-        self._description = _description(backend)
-        self._inner_description = _without_first_space(self._description)
+        description = _description(backend)
+        inner = _without_first_space(description)
+        whole_json = json.dumps(description)
+        self._json = {True: whole_json, False: whole_json if inner == description else json.dumps(inner)}
         # `encode_special_tokens` is a switch on the backend itself, so each way to encode has a copy of its own
         # that never changes once it is made: (starts a sequence, reads special tokens) -> copy.
         self._backends: dict[tuple[bool, bool], Backend] = {}
@@ -89,7 +91,7 @@ class HFTokenizer:
         self.eos_token_ids = frozenset(eos_token_ids)
         bos = tokenizer.bos_token_id
         self.bos_token_id = bos if isinstance(bos, int) else None
-        self.byte_token_ids = _byte_token_ids(self._backend, self._description)
+        self.byte_token_ids = _byte_token_ids(self._backend, description)
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -122,11 +124,10 @@ class HFTokenizer:
         return self._backend.encode(str(text), add_special_tokens=False).ids
 
     def _variant(self, *, starts: bool, special: bool) -> Backend:
-        starts = starts or self._inner_description == self._description
+        starts = starts or self._json[True] is self._json[False]
         found = self._backends.get((starts, special))
         if found is None:
-            description = self._description if starts else self._inner_description
-            found = Backend.from_str(json.dumps(description))
+            found = Backend.from_str(self._json[starts])
             found.encode_special_tokens = not special
             # Two threads may both have made one; either serves.
             self._backends[starts, special] = found
