@@ -254,8 +254,9 @@ class _StepBuilder:
             run = self._extend_run(tip.node, tip.offset, left) if tip.node.num_computed < tip.offset else None
             if run is not None:
                 self._all_rows.add(tip.node.node_id)
-                for index in range(run.num_rows):
-                    self._waiting.append((request, run, index, candidate, run.start + index + 1))
+                first = run.node.start + run.start + 1 - request.tip.length  # the sibling may have taken over a node
+                for row in range(run.num_rows):
+                    self._waiting.append((request, run, row, candidate, first + row))
 
     def _row_at(self, tip: Tip, budget: int) -> Run | HiddenRow | None:
         """Where the hidden row after the tip's last token comes from; None if not from this step."""

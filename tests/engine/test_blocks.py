@@ -11,7 +11,7 @@ from dendrite.engine.ids import BlockId
 
 
 def test_a_new_run_is_contiguous_and_skips_the_trash_block() -> None:
-    """The first blocks handed out are 1, 2, 3 …"""
+    """The first blocks handed out are 1, 2 and 3."""
     pool = BlockPool(9, 16)
     assert pool.num_total == 8
     assert pool.allocate(3) == [1, 2, 3]
