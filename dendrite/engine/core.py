@@ -185,6 +185,7 @@ class Core:
         self, branches: Sequence[Branch], params: SamplingParams, sink: Sink | None = None
     ) -> tuple[list[GenerationRequest], Group]:
         """One request a branch, as one group: all of them run, or none."""
+        self._checked_ids([*params.logit_bias, *params.stop_token_ids])
         with self._lock:
             self.loop.check_open()
             for branch in branches:

@@ -265,6 +265,9 @@ def test_a_busy_branch_refuses_to_change_but_can_be_forked(engine: Engine) -> No
 BAD_CALLS: dict[str, tuple[type[Exception], Callable[[Branch], object]]] = {
     "negative temperature": (RequestError, lambda b: b.generate(temperature=-1.0)),
     "no tokens": (RequestError, lambda b: b.generate(max_tokens=0)),
+    "a bias outside the vocabulary": (RequestError, lambda b: b.generate(logit_bias={10**6: 1.0})),
+    "a stop token outside the vocabulary": (RequestError, lambda b: b.generate(stop_token_ids=[10**6])),
+    "an unknown option": (RequestError, lambda b: b.generate(temprature=1.0)),
     "fork(0)": (BranchError, lambda b: b.fork(0)),
     "at=0": (BranchError, lambda b: b.fork(1, at=0)),
     "at beyond the end": (BranchError, lambda b: b.fork(1, at=1000)),
