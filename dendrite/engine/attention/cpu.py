@@ -238,7 +238,7 @@ class _GatherPart(_Part):
         self._scores = buffers.scores[:, rows, :, tile.width :]
         self._weights = buffers.weights[:, rows, :, tile.width :]
         self._output = buffers.output[:, rows]
-        self._hidden_values = index.hidden.transpose(1, 2)
+        self._hidden_keys = index.hidden.flatten().nonzero().flatten()
         self._least = torch.tensor(torch.finfo(buffers.scores.dtype).min, dtype=buffers.scores.dtype)
         self._zero = torch.zeros((1, 1, 1), dtype=buffers.scores.dtype)
 
@@ -246,12 +246,13 @@ class _GatherPart(_Part):
         """See `_Part.score`."""
         num_heads, num_rows, group, head_dim = self._query.shape
         gathered = pool.layer_blocks[layer].index_select(2, self._index.blocks)
-        keys, values = gathered.view(2, num_heads, num_rows, -1, head_dim).unbind()
-        values.masked_fill_(self._hidden_values, 0)
+        keys, values = gathered.view(2, num_heads, -1, head_dim).unbind()
+        values.index_fill_(1, self._hidden_keys, 0)
         query = self._query.reshape(-1, group, head_dim)
-        scores = torch.baddbmm(self._zero, query, keys.flatten(0, 1).mT, beta=0, alpha=scale)
+        keys = keys.view(num_heads * num_rows, -1, head_dim)
+        scores = torch.baddbmm(self._zero, query, keys.mT, beta=0, alpha=scale)
         torch.where(self._index.hidden, self._least, scores.view(self._scores.shape), out=self._scores)
-        return values.flatten(0, 1)
+        return values.view_as(keys)
 
     def accumulate(self, values: Tensor) -> None:
         """See `_Part.accumulate`."""
