@@ -35,6 +35,7 @@ class Proposal:
     prior: float
     width: int = 1
     sampling: Sampling
+    seed: int | None = None
     branch: Branch | None = None
     """A fork of the parent with the cue appended; None where there is none to append."""
 
@@ -139,10 +140,14 @@ def _made(source: Source, parent: Step, child: Child[object]) -> Proposal:
 def append(run: Run, wave: Wave) -> None:
     """One fork of the node for every proposal that has something to append."""
     for proposal in wave.proposals:
-        assert proposal.parent.branch is not None, "nodes of a run have branches"
+        parent = proposal.parent
+        assert parent.branch is not None, "nodes of a run have branches"
+        proposal.seed = run.seed_for(parent, "expand", parent.num_proposals)
+        parent.num_proposals += 1
         if proposal.cue:
-            proposal.branch = run.adopt(proposal.parent.branch.fork())
-            append_prompt(proposal.branch, proposal.cue)
+            (branch,) = parent.branch.fork(1, seed=proposal.seed)
+            proposal.branch = run.adopt(branch)
+            append_prompt(branch, proposal.cue)
 
 
 def fork(run: Run, wave: Wave) -> None:
@@ -170,7 +175,7 @@ def _forked(run: Run, proposal: Proposal, num: int) -> list[Branch]:
         return [proposal.branch]
     base = proposal.branch or proposal.parent.branch
     assert base is not None, "nodes of a run have branches"
-    branches = [run.adopt(branch) for branch in base.fork(num)] if num else []
+    branches = [run.adopt(branch) for branch in base.fork(num, seed=proposal.seed)] if num else []
     if proposal.branch is not None:
         run.prune(proposal.branch)
     return branches

@@ -62,11 +62,12 @@ class Waiter:
 def iterated(items: AsyncGenerator[T]) -> Generator[T]:
     """An asynchronous generator for a synchronous `for`. Leaving the `for` early closes it."""
     with Waiter() as waiter:
-        try:
-            while (item := waiter.wait(_next(items))) is not None:
+        while (item := waiter.wait(_next(items))) is not None:
+            try:
                 yield item
-        finally:
-            waiter.wait(items.aclose())
+            except BaseException:  # left early; when waiting fails, the generator has ended by itself
+                waiter.wait(items.aclose())
+                raise
 
 
 async def _next(items: AsyncGenerator[T]) -> T | None:

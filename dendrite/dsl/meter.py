@@ -75,7 +75,7 @@ class Meter:
         Raises:
             OutOfBudget: nothing is left.
         """
-        while not (granted := self.reserve_tokens(wanted)):
+        while not (granted := self.reserve_tokens(wanted)) and wanted > 0:
             if not self._num_reserved:
                 raise OutOfBudget("the budget of tokens ended")
             waiter = asyncio.get_running_loop().create_future()

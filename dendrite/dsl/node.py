@@ -190,6 +190,7 @@ class Step:
     asker: Asker | None = None
     num_children: int = 0
     num_asks: int = 0
+    num_proposals: int = 0
     depth: int = field(init=False)
 
     def __post_init__(self) -> None:

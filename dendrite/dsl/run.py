@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dendrite.dsl.events import Event, EventKind
 from dendrite.dsl.functions import OutOfBudget
@@ -143,7 +143,7 @@ class Run:
     @contextmanager
     def side_branch(self, step: Step, prompt: Prompt, *, fresh: bool) -> Iterator[Branch]:
         """A temporary branch that ends with `prompt`, after the node's transcript or on a root of its own."""
-        seed = None if self.seed is None else derived_seed(self.seed, step, step.num_asks)
+        seed = self.seed_for(step, "ask", step.num_asks)
         step.num_asks += 1
         if fresh:
             branch = self.adopt(self.engine.root(messages=as_messages(prompt), seed=seed))
@@ -156,6 +156,16 @@ class Run:
             yield branch
         finally:
             self.prune(branch)
+
+    def seed_for(self, step: Step, what: Literal["ask", "expand"], number: int) -> int | None:
+        """A seed for the side question or the proposal `number` of a node; None in a run without a seed.
+
+        It depends on nothing else, so a search draws the same wherever and whenever it runs, and whatever it is asked.
+        """
+        if self.seed is None:
+            return None
+        words = "/".join(map(str, (self.seed, *(above.index for above in step.path), what, number)))
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
     # --- telling watchers --------------------------------------------------------------------------------------
 
@@ -181,9 +191,3 @@ def append_prompt(branch: Branch, prompt: Prompt) -> None:
             branch.append(prompt)
     elif prompt:
         branch.append(messages=prompt)
-
-
-def derived_seed(seed: int, step: Step, number: int) -> int:
-    """A seed of its own for the side question `number` of a node: the same in every run with the same seed."""
-    words = ",".join(map(str, (seed, *(step.index for step in step.path), -1, number)))
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
