@@ -24,8 +24,8 @@ class Tree(Generic[S]):
 
     root
     ├─ * 0.91  4 + 9 = 13 (left: 10 13 13)
-    │  └─ * 1.00  13 + 13 = 26 …  [goal]
-    └─ 0.20  10 - 4 = 6  [pruned]
+    │  └─ * 1  13 + 13 = 26 …  [goal]
+    └─ 0.2  10 - 4 = 6  [pruned]
     """
 
     def __init__(self, nodes: Sequence[Node[S]], best: Node[S]) -> None:
@@ -133,7 +133,7 @@ def _line(node: Node[S], on_path: set[StepId]) -> str:
     text = " ".join(node.text.split()) if node.parent is not None else "root"
     if len(text) > _SHOWN_CHARACTERS:
         text = text[: _SHOWN_CHARACTERS - 1] + "…"
-    value = "" if node.value is None else f"{node.value:.2f}  "
+    value = "" if node.value is None else f"{node.value:.3g}  "
     best = "* " if node.id in on_path and node.parent is not None else ""
     status = "" if node.status == "open" else f"  [{node.status}]"
     return f"{best}{value}{text}{status}"
