@@ -142,8 +142,8 @@ class StepLoop:
 
     def _fail(self, step: Step) -> None:
         for request, error in step.failed:
-            assert request.group is not None
-            self._end_group(request.group, error)
+            if request.group is not None:  # not ended yet by a failure of the same call
+                self._end_group(request.group, error)
 
     def _commit(self, step: Step, results: Sequence[Result]) -> None:
         """Tokens onto branches, values into scores; what has ended leaves and wakes its caller."""

@@ -105,6 +105,7 @@ class Scheduler:
             group.requests.remove(request)
             if not group.requests:
                 self._queue.remove(group)
+        request.group = None  # no cycle: a branch that is dropped with its generation is freed at once
 
     def schedule(self) -> Step:
         """The next step, with all its slots placed.
