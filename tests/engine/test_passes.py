@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dendrite.engine.passes import optimise
-from dendrite.engine.passes.linear import PackedLinear, PlainLinear, merged, pack
+from dendrite.engine.passes.linear import PackedLinear, PlainLinear, SplitLinear, merged, pack
 from tests.models_zoo import EXACT, tiny_config, tiny_model
 
 LEAN = ["llama", "llama-llama3-rope", "llama-tied", "mistral", "qwen2", "qwen3"]
@@ -43,10 +43,21 @@ def test_packed_layers_compute_what_plain_ones_do(dtype: torch.dtype, has_bias: 
         torch.testing.assert_close(packed.forward_add(x, residual), plain(x) + residual, rtol=tolerance, atol=tolerance)
 
 
-def test_a_packed_weight_can_be_looked_at() -> None:
+@pytest.mark.parametrize("in_features", [16, 700])
+def test_a_packed_weight_can_be_looked_at(in_features: int) -> None:
     """Code that reads a layer's weight still finds it."""
-    weight = torch.randn(24, 16)
+    weight = torch.randn(24, in_features)
     torch.testing.assert_close(pack(weight, None).weight, weight)
+
+
+def test_long_sums_are_exact() -> None:
+    """A wide float32 layer is no further from float64 than a plain one, with a bias and a residual."""
+    weight, bias, x, residual = (torch.randn(*shape) for shape in [(64, 1536), (64,), (20, 1536), (20, 64)])
+    exact = x.double() @ weight.double().T + bias + residual
+    layer = pack(weight, bias)
+    assert isinstance(layer, SplitLinear)
+    error = (layer.forward_add(x, residual) - exact).square().mean()
+    assert error <= 1.5 * (x @ weight.T + bias + residual - exact).square().mean()
 
 
 def test_weights_that_cannot_be_packed_stay_plain() -> None:
@@ -87,9 +98,7 @@ def test_lean_layers_keep_no_second_copy(family: str) -> None:
 @pytest.mark.parametrize("change", ["activation", "window", "subclass"])
 def test_unknown_structure_is_left_alone(change: str) -> None:
     """Layers that differ in anything the lean forward does not know keep their own forward."""
-    overrides: dict[str, object] = {"activation": {"hidden_act": "gelu"}, "window": {"sliding_window": 8}}.get(
-        change, {}
-    )
+    changes: dict[str, dict[str, object]] = {"activation": {"hidden_act": "gelu"}, "window": {"sliding_window": 8}}
     model = tiny_model(tiny_config("mistral", **{"sliding_window": None, **changes.get(change, {})}))
     layer = model.get_decoder().layers[1]
     if change == "subclass":
