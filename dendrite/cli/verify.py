@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the command line starts without them
 
     from dendrite.verify.report import Report, Row
 
-STYLES = {"ok": "green", "tie": "yellow", "miss": "bold red"}
+STYLES = {"ok": "green", "rounding": "yellow", "miss": "bold red"}
 
 
 def verify(
@@ -75,5 +75,5 @@ def _cells(row: Row, *, shows_group: bool) -> list[str]:
 
 
 def _summary(report: Report) -> str:
-    counts = f"{len(report.rows)} cases, {len(report.misses)} missed, {len(report.ties)} decided by rounding"
+    counts = f"{len(report.rows)} cases, {len(report.misses)} missed, {len(report.rounded)} decided by rounding"
     return f"{'exact' if report.ok else 'NOT EXACT'}: {counts}, {report.seconds:,.0f} s"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
-from dendrite.verify.judge import TOLERANCE, Expected, judge_difference, judge_tokens, judge_worst, largest_difference
+from dendrite.verify.judge import TOLERANCE, Expected, judge_difference, judge_prefill, judge_tokens, judge_worst
 from dendrite.verify.prompts import CHATS, TEXTS
 from dendrite.verify.reference import Reference
 from dendrite.verify.report import Row, Verdict
@@ -34,7 +34,7 @@ def greedy(subject: Subject, expected: Expected) -> Iterator[Row]:
     name = expected.prompt.name
     with subject.engine.root(token_ids=expected.prompt.token_ids) as root:
         tokens, logits = subject.greedy(root, len(expected.token_ids))
-    yield judge_difference("prefill", name, largest_difference(logits[0], expected.logits[0]))
+    yield judge_prefill("prefill", name, logits[:1], expected)
     yield judge_tokens("greedy", name, tokens, expected, logits=logits)
 
 
@@ -110,7 +110,9 @@ def _noise(engine: Engine, expected: Expected) -> Iterator[None]:
             lengths = 0
             while not done.is_set():
                 lengths = lengths % 7 + 1
-                engine.generate(root.fork(lengths), max_tokens=lengths, temperature=1.5, ignore_eos=True)
+                outs = engine.generate(root.fork(lengths), max_tokens=lengths, temperature=1.5, ignore_eos=True)
+                for out in outs:
+                    out.branch.prune()
 
     thread = threading.Thread(target=sample, name="dendrite-verify-noise")
     thread.start()

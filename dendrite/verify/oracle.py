@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from dendrite.engine.errors import RequestError
 from dendrite.engine.models import load_model
@@ -20,7 +21,7 @@ NUM_TOKENS = 64
 """Greedy tokens of each prompt."""
 MARGIN = 64
 """Tokens of the context left for continuations that are scored."""
-BATCHED = 64
+BATCHED = 160
 """Unless everything is asked for, the reference runs prompts up to this length as one batch."""
 SETUPS = (Setup(1, 37), Setup(8, 64), Setup(32, 100))
 GRID = tuple(Setup(block_size, chunk) for block_size in (1, 8, 16, 32) for chunk in (1, 7, 64, 512))
@@ -74,7 +75,8 @@ def verify(
     folder = ModelStore().locate(name).path
     reference = Reference(folder)
     with opened(name, dtype=dtype, setup=Setup(), load=load) as subject:
-        expected = _expectations(subject, reference, progress, full=full)
+        exact = cache(partial(Reference, folder, dtype="float64"))
+        expected = _expectations(subject, reference, exact, progress, full=full)
         run = _Run(name, full, load, progress, reference, expected)
         if dtype == "float32":
             rows = list(_main_rows(run, subject))
@@ -89,16 +91,20 @@ def _silence(_text: str) -> None:
     pass
 
 
-def _expectations(subject: Subject, reference: Reference, progress: Progress, *, full: bool) -> list[Expected]:
+def _expectations(
+    subject: Subject, reference: Reference, exact: Callable[[], Reference], progress: Progress, *, full: bool
+) -> list[Expected]:
     engine = subject.engine
     room = engine.spec.context_length - NUM_TOKENS - MARGIN
     if room < 1:
         raise RequestError(f"the model's context of {engine.spec.context_length} tokens is too short to verify")
     prompts = make_prompts(engine.tokenizer, room=room, has_template=reference.has_template)
-    return [
-        Expected(prompt, tuple(tokens), reference.logits([*prompt.token_ids, *tokens[:-1]], NUM_TOKENS))
-        for prompt, tokens in _reference_tokens(prompts, reference, progress, batched=0 if full else BATCHED)
-    ]
+    expected = []
+    for prompt, tokens in _reference_tokens(prompts, reference, progress, batched=0 if full else BATCHED):
+        path = [*prompt.token_ids, *tokens[:-1]]
+        in_float64 = cache(lambda path=path: exact().logits(path, NUM_TOKENS))
+        expected.append(Expected(prompt, tuple(tokens), reference.logits(path, NUM_TOKENS), in_float64))
+    return expected
 
 
 def _reference_tokens(
@@ -117,9 +123,12 @@ def _reference_tokens(
 def _main_rows(run: _Run, subject: Subject) -> Iterator[Row]:
     run.progress("tokenization")
     yield cases.tokenization(subject.engine, run.reference)
+    pairs = []
     for expected in run.expected:
         run.progress(f"greedy: {expected.prompt.name}")
-        yield from cases.greedy(subject, expected)
+        pairs.append(tuple(cases.greedy(subject, expected)))
+    for group in zip(*pairs, strict=True):  # all prefills, then all tokens
+        yield from group
     for expected in run.expected if run.full else run.by_name("plain", "long chat", "129 tokens"):
         run.progress(f"forks: {expected.prompt.name}")
         yield from cases.forks(subject, expected, num_tokens=8, every=run.full and len(expected.path) < 256)
@@ -128,7 +137,7 @@ def _main_rows(run: _Run, subject: Subject) -> Iterator[Row]:
     for expected in run.expected if run.full else run.by_name("chat", "513 tokens"):
         run.progress(f"cache: {expected.prompt.name}")
         yield from cases.cache(subject, expected, num_tokens=16)
-    for expected in run.expected if run.full else run.by_name("1 token", "emoji", "chat", "513 tokens"):
+    for expected in run.expected if run.full else run.by_name("1 token", "emoji", "chat", "129 tokens"):
         run.progress(f"score: {expected.prompt.name}")
         yield cases.scores(subject, run.reference, expected)
 
@@ -138,7 +147,7 @@ def _setup_rows(run: _Run) -> Iterator[Row]:
     for setup in GRID if run.full else SETUPS:
         run.progress(str(setup))
         with opened(run.name, dtype="float32", setup=setup, load=run.load) as subject:
-            for expected in run.by_name("code", "long chat", "129 tokens"):
+            for expected in run.by_name("code", "long chat"):
                 rows = [*cases.greedy(subject, expected)] if run.full else []
                 rows += cases.forks(subject, expected, num_tokens=8)
                 yield judge_worst("set-up", f"{setup}: {expected.prompt.name}", rows)

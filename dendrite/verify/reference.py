@@ -56,10 +56,13 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], num_last: int) -> Tensor:
-        """One forward over the whole path: the logits of its last positions, `[num_last, vocab_size]`, float32."""
+        """One forward over the whole path: the logits of its last positions, `[num_last, vocab_size]`.
+
+        In float32, or in float64 where the reference runs in it.
+        """
         ids = torch.tensor([list(token_ids)])
-        logits: Tensor = self._model(input_ids=ids, logits_to_keep=num_last).logits[0, -num_last:].float()
-        return logits
+        logits: Tensor = self._model(input_ids=ids, logits_to_keep=num_last).logits[0, -num_last:]
+        return logits if logits.dtype is torch.float64 else logits.float()
 
     def logprobs(self, context: Sequence[int], choice: Sequence[int]) -> list[float]:
         """Log-probability of each token of `choice` after `context`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Verdict = Literal["ok", "tie", "miss"]
+Verdict = Literal["ok", "rounding", "miss"]
+"""`rounding`: not equal, and float32 cannot tell who is right; see `dendrite.verify.judge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class Report:
         return tuple(row for row in self.rows if row.verdict == "miss")
 
     @property
-    def ties(self) -> tuple[Row, ...]:
+    def rounded(self) -> tuple[Row, ...]:
         """The cases that rounding decided."""
-        return tuple(row for row in self.rows if row.verdict == "tie")
+        return tuple(row for row in self.rows if row.verdict == "rounding")
 
     def to_json(self) -> dict[str, object]:
         """Plain values for `json.dumps`."""
