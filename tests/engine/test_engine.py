@@ -267,7 +267,7 @@ BAD_CALLS: dict[str, tuple[type[Exception], Callable[[Branch], object]]] = {
     "no tokens": (RequestError, lambda b: b.generate(max_tokens=0)),
     "a bias outside the vocabulary": (RequestError, lambda b: b.generate(logit_bias={10**6: 1.0})),
     "a stop token outside the vocabulary": (RequestError, lambda b: b.generate(stop_token_ids=[10**6])),
-    "an unknown option": (RequestError, lambda b: b.generate(temprature=1.0)),  # type: ignore[call-arg]  # on purpose
+    "an unknown option": (RequestError, lambda b: b.generate(heat=1.0)),  # type: ignore[call-arg]  # on purpose
     "fork(0)": (BranchError, lambda b: b.fork(0)),
     "at=0": (BranchError, lambda b: b.fork(1, at=0)),
     "at beyond the end": (BranchError, lambda b: b.fork(1, at=1000)),

@@ -39,9 +39,7 @@ def check(branch: Branch, reference: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_random_traffic_agrees_with_a_forward_from_scratch(
-    tiny_folder: Callable[[str], Path], block_size: int
-) -> None:
+def test_random_traffic_agrees_with_a_forward_from_scratch(tiny_folder: Callable[[str], Path], block_size: int) -> None:
     """120 random calls over one tree, each followed by integrity; then every branch is checked."""
     rng = random.Random(block_size)
     folder = tiny_folder("qwen3")

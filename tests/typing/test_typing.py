@@ -54,7 +54,8 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     file = tmp_path_factory.mktemp("checked") / "snippets.py"
     cases = [*REFUSED, *ACCEPTED]
     bodies = [textwrap.dedent(ACCEPTED.get(case, case)).strip() for case in cases]
-    text, owner = PREAMBLE, {}
+    text = PREAMBLE
+    owner: dict[int, str] = {}
     for number, (case, body) in enumerate(zip(cases, bodies, strict=True)):
         text += f"def case_{number}() -> None:\n{textwrap.indent(body, '    ')}\n"
         owner |= dict.fromkeys(range(text.count("\n") - body.count("\n"), text.count("\n") + 1), case)
