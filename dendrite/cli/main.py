@@ -1,6 +1,7 @@
 """`dendrite`: one application, one module for each command.
 
-    main.py ──► models.py      dendrite models list | fetch | remove
+    main.py ──► demo.py        dendrite demo
+            ├─► models.py      dendrite models list | fetch | remove
             ├─► verify.py      dendrite verify
             ├─► bench.py       dendrite bench fork | tree
             └─► ...            a command adds itself with one line below
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import typer
 
-from dendrite.cli import bench, models, verify
+from dendrite.cli import bench, demo, models, verify
 
 app = typer.Typer(
     name="dendrite",
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(demo.demo)
 app.add_typer(models.app, name="models")
 app.command()(verify.verify)
 app.add_typer(bench.app, name="bench")
