@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_SUM = 288
-"""Inputs that one float32 product may sum over; see `SplitLinear`."""
+MAX_SUM = 192
+"""Inputs that one float32 product sums over: as many as the BLAS adds up at a time, so that results are its results."""
 EXPECTED_ROWS = 32
 """Rows that the layout is chosen for; other numbers work as well, and as fast within what can be measured."""
 
@@ -59,7 +59,7 @@ class SplitLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        parts = weight.tensor_split(-(-self.in_features // MAX_SUM), dim=1)
+        parts = weight.split(MAX_SUM, dim=1)
         self._widths = [part.shape[1] for part in parts]
         self._first = PackedLinear(parts[0].contiguous(), bias)
         self._others = [PackedLinear(part.contiguous(), None) for part in parts[1:]]
