@@ -22,7 +22,7 @@ Inside we drink our honey tea
 Nothing is dry but the cat""",
     "BREAD": """\
 Butter is waiting on the table
-Rise slowly in your warm bowl
+Rise slowly in the warm bowl
 Every room smells of morning
 All the children come running
 Do not burn your tongue""",
@@ -36,10 +36,10 @@ Here is the door that I know best
 Old stairs creak under my feet
 Upstairs a clock is counting the hours
 Soup is steaming in the kitchen
-Everyone I love is here""",
+Everyone I love is home""",
     "CLOUD": """\
 Cotton ships sail over the hill
-Look, one of them is a whale
+Look, one of those is a whale
 Others are only mountains of snow
 Under them all the fields turn grey
 Drops begin to fall on my nose""",

@@ -38,12 +38,15 @@ class Found:
 
 def show_found(console: Console, found: Found) -> None:
     """The poem, with a verdict on each line."""
-    missing = len(found.poem.word) - len(found.poem.lines)
+    num_lines = len(found.poem.word)
+    missing = num_lines - len(found.poem.lines)
     title = "The search found a poem that keeps every rule:" if found.is_solution else "The search found no whole poem:"
     console.print(f"\n{title}\n", style="bold green" if found.is_solution else "bold red", highlight=False)
     show_poem(console, found.poem)
     if missing:
-        _say(console, f"\n{missing} lines are missing: try another --seed, or more tries with --width")
+        verb = "is" if missing == 1 else "are"
+        hint = "try another --seed, or more tries with --width"
+        _say(console, f"\n{missing} of {num_lines} lines {verb} missing: {hint}")
 
 
 def show_samples(console: Console, samples: Samples) -> None:
