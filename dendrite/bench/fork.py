@@ -69,7 +69,7 @@ def _times(engine: Engine, num_batches: int, progress: Progress) -> Iterator[Fig
             if length < engine.spec.context_length
         }
         depths = _nested(engine, stack)
-        other = stack.enter_context(warm_root(engine, 256))
+        other = stack.enter_context(warm_root(engine, min(256, engine.spec.context_length // 2)))
         progress("forking, engine idle")
         yield from _figures("idle", time_forks(contexts, num_batches), time_forks(depths, num_batches))
         progress("forking while the engine steps")

@@ -53,7 +53,9 @@ def tree(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 64,
     prefix: Annotated[str, typer.Option(help="Lengths of the prompt, with commas.")] = "512,2048",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    peer: Annotated[list[str] | None, typer.Option(help="hf or llama.cpp; may be given twice. Without it: hf.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="hf, llama.cpp or none; may be given twice. Without it: hf.")
+    ] = None,
     peer_python: Annotated[
         str | None, typer.Option(help="The interpreter of the environment that has llama-cpp-python.")
     ] = None,
@@ -72,7 +74,7 @@ def tree(
         num_tokens=tokens,
         prefixes=_lengths(prefix),
         dtype=dtype,
-        peers=tuple(peer) if peer is not None else ("hf",),
+        peers=tuple(name for name in peer or ["hf"] if name != "none"),
         peer_python=peer_python,
         gguf=gguf,
         num_rounds=rounds,
