@@ -21,6 +21,7 @@ from dendrite.engine.engine import Engine
 
 OURS = "dendrite"
 TEMPERATURE = 0.8
+FORK = "fork"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,8 @@ def compare(
         runs, num_rounds=settings.num_rounds, patience=settings.patience, progress=progress, workload=workload
     )
     ours = samples[OURS]
-    for what in ours:
-        yield figure(workload, OURS, what, "tokens/s", ours[what])
+    for what, values in ours.items():
+        yield figure(workload, OURS, what, _unit(what), values)
     for contender in contenders:
         rival = contender.rival
         yield from _beside(workload, rival, samples[rival.name], ours, tasks[rival.name])
@@ -125,8 +126,12 @@ def _beside(workload: str, rival: Rival, theirs: Samples, ours: Samples, task: T
             continue
         goal = rival.goals.get((task.num_branches, len(task.prompt), what))
         note = f"over {task.num_tokens} tokens" if is_short and what == "decode" else ""
-        ratio = ratio_of(ours[what], values)
-        yield figure(workload, rival.name, what, "tokens/s", values, ratio=ratio, ratio_at_least=goal, note=note)
+        ratio = ratio_of(ours[what], values, more_is_better=what != FORK)
+        yield figure(workload, rival.name, what, _unit(what), values, ratio=ratio, ratio_at_least=goal, note=note)
+
+
+def _unit(what: str) -> str:
+    return "µs each" if what == FORK else "tokens/s"
 
 
 def _run_peer(peer: Peer, task: TreeTask) -> Mapping[str, float]:
@@ -134,8 +139,12 @@ def _run_peer(peer: Peer, task: TreeTask) -> Mapping[str, float]:
 
 
 def _measured(times: TreeTimes, task: TreeTask) -> dict[str, float]:
-    """Tokens a second: of the prompt, counted once whoever repeats it; decoded; and from nothing to the last token."""
-    return {
+    """Tokens a second: of the prompt, counted once whoever repeats it; decoded; and from nothing to the last token.
+
+    And microseconds a branch, for engines that make branches of a computed prompt.
+    """
+    measured = {FORK: times.fork_s / task.num_branches * 1e6} if times.fork_s else {}
+    return measured | {
         "prefill": len(task.prompt) / times.prefill_s,
         "decode": times.num_decoded / times.decode_s,
         "whole": task.num_branches * task.num_tokens / (times.prefill_s + times.fork_s + times.decode_s),

@@ -43,7 +43,9 @@ def test_tree_runs_beside_transformers(tiny_folder: Callable[[str], Path]) -> No
         assert {"prefill", "decode", "whole"} <= {figure.name for figure in ours}
         for engine in ("hf generate", "hf static"):
             theirs = [figure for figure in result.figures if (figure.workload, figure.engine) == (workload, engine)]
-            assert {figure.name for figure in theirs} == {"prefill", "decode", "whole"}
+            assert (
+                {"prefill", "decode", "whole"} <= {figure.name for figure in theirs} <= {figure.name for figure in ours}
+            )
             assert all(figure.median > 0 and figure.ratio is not None for figure in theirs)
     steps = {figure.engine for figure in result.figures if figure.name == "step"}
     assert steps == {"dendrite, quiet", "dendrite, busy process", "dendrite, busy thread"}
