@@ -22,7 +22,7 @@ from dendrite.engine.batch import Plan, Segment
 CHUNK_ROWS = 16
 """Causal rows from which a chunk gets tiles of its own: its path's length differs from that of rows beside it."""
 MAX_SCORES = 1 << 21
-"""Scores of a tile and head, rows times keys, divided by the heads: what keeps a tile's scores in the last cache."""
+"""Scores that a tile may have over all heads: 4 MB in bfloat16, which the last cache holds."""
 MAX_WASTE = 1.5
 """How much wider than its rows' average path a tile may be."""
 RUN_COST = 1000
