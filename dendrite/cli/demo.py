@@ -16,7 +16,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A short name, a hub id or a folder.")] = "smollm2-135m-instruct",
     width: Annotated[int, typer.Option(min=1, help="Tries at the next line of each beginning.")] = 8,
     keep: Annotated[int, typer.Option(min=1, help="Beginnings that go on after each line.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same poems on one machine.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same poems on one machine.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live tree.")] = False,
 ) -> None:
     """Search for a poem whose every line a program checks; exits with 1 if none is found."""

@@ -149,5 +149,6 @@ class Growth:
         parts = [f"{num_let_go} let go"] if num_let_go else []
         if reasons:
             listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            parts.append(f"{reasons.total()} break a rule ({listed})")
+            verb = "breaks" if reasons.total() == 1 else "break"
+            parts.append(f"{reasons.total()} {verb} a rule ({listed})")
         return ", ".join(parts)

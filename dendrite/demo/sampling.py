@@ -11,7 +11,7 @@ from dendrite.demo.task import Poem, faults
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 
-BATCH = 16
+BATCH = 32
 """Poems sampled at the same time."""
 
 

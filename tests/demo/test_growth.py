@@ -86,10 +86,10 @@ def test_broken_lines_are_folded_first(script: Script) -> None:
     assert drawn(script.growth.rows(limit=9)) == [
         "A a1 <let go>",
         "├─ B b2 <let go>",
-        "└─ 1 break a rule (1 other letter) <folded>",
+        "└─ 1 breaks a rule (1 other letter) <folded>",
         "A a2 <best>",
         "├─ B b1 <best>",
-        "└─ 1 break a rule (1 repeats a word) <folded>",
+        "└─ 1 breaks a rule (1 repeats a word) <folded>",
         "A a3 <let go>",
         "3 break a rule (2 other letter, 1 wrong length) <folded>",
     ]
@@ -100,7 +100,7 @@ def test_then_what_was_let_go_is_folded_with_all_under_it(script: Script) -> Non
     assert drawn(script.growth.rows(limit=6)) == [
         "A a2 <best>",
         "├─ B b1 <best>",
-        "└─ 1 break a rule (1 repeats a word) <folded>",
+        "└─ 1 breaks a rule (1 repeats a word) <folded>",
         "2 let go, 3 break a rule (2 other letter, 1 wrong length) <folded>",
     ]
 
