@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Generic, cast
 
@@ -128,7 +128,7 @@ class Program(Generic[S]):
         state: S = _NO_STATE,
         seed: int | None = None,
         budget: Budget | None = None,
-    ) -> Iterator[Event[S]]:
+    ) -> Generator[Event[S]]:
         """Search, telling what happens; the last event, `done`, has the result. Leaving the loop ends the search."""
         return cast(
             "Generator[Event[S]]", iterated(self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
@@ -142,7 +142,7 @@ class Program(Generic[S]):
         state: S = _NO_STATE,
         seed: int | None = None,
         budget: Budget | None = None,
-    ) -> AsyncIterator[Event[S]]:
+    ) -> AsyncGenerator[Event[S]]:
         """`stream` for asyncio. Wrap it in `contextlib.aclosing` where the loop may be left early."""
         return cast("AsyncGenerator[Event[S]]", self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
 

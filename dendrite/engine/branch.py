@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, overload
 
@@ -125,14 +125,14 @@ class Branch:
         """`generate` for asyncio; cancelling the task leaves the branch as it was."""
         return (await self.engine.agenerate([self], **options))[0]
 
-    def stream(self, **options: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(self, **options: Unpack[SamplingOptions]) -> Generator[str]:
         """Generates and yields the text piece by piece, never half a character or a part of a stop string.
 
         Closing the iterator early ends the generation; the branch keeps what was generated until then.
         """
         return self.engine.stream(self, **options)
 
-    def astream(self, **options: Unpack[SamplingOptions]) -> AsyncIterator[str]:
+    def astream(self, **options: Unpack[SamplingOptions]) -> AsyncGenerator[str]:
         """`stream` for asyncio."""
         return self.engine.astream(self, **options)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -148,14 +148,14 @@ class Engine:
         await self._await(group)
         return [_result(request) for request in requests]
 
-    def stream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> Generator[str]:
         """Generates onto the branch and yields its text piece by piece; see `Branch.stream`."""
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         params = SamplingParams.of(**options)
         _, group = self.core.submit_generations(self._checked([branch]), params, pieces.put)
         return self._pieces(pieces, group)
 
-    def _pieces(self, pieces: queue.SimpleQueue[str | None], group: Group) -> Iterator[str]:
+    def _pieces(self, pieces: queue.SimpleQueue[str | None], group: Group) -> Generator[str]:
         try:
             while (piece := pieces.get()) is not None:
                 yield piece
@@ -163,7 +163,7 @@ class Engine:
         finally:
             self.core.loop.cancel(group, keep=True)
 
-    async def astream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> AsyncIterator[str]:
+    async def astream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> AsyncGenerator[str]:
         """`stream` for asyncio."""
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()

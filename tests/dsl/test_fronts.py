@@ -120,13 +120,13 @@ def test_leaving_a_stream_early_prunes(engine: dd.Engine) -> None:
         if event.kind == "scored":
             break
     assert engine.stats().branches > 0
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert engine.stats().branches == 0
 
 
 async def test_leaving_an_astream_early_prunes(engine: dd.Engine) -> None:
     """The same for asyncio, with `aclosing`."""
-    async with contextlib.aclosing(PROGRAM.astream(engine, "Go.")) as stream:  # type: ignore[type-var]
+    async with contextlib.aclosing(PROGRAM.astream(engine, "Go.")) as stream:
         async for event in stream:
             if event.kind == "scored":
                 break

@@ -168,7 +168,7 @@ def test_a_stream_closed_early_keeps_what_it_has(engine: Engine) -> None:
     root = engine.root("well")
     stream = root.stream(max_tokens=400, ignore_eos=True)
     first = next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert root.status == "idle"
     assert root.text.startswith("well" + first)
     root.append("?").generate(max_tokens=2)
@@ -259,7 +259,7 @@ def test_a_busy_branch_refuses_to_change_but_can_be_forked(engine: Engine) -> No
     fork = root.fork()
     assert fork.text.startswith("well")
     assert fork.generate(max_tokens=2).finish_reason == "length"
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 BAD_CALLS: dict[str, tuple[type[Exception], Callable[[Branch], object]]] = {
