@@ -104,6 +104,7 @@ def compare(
 ) -> Iterator[Figure]:
     """One workload, everybody's figures."""
     workload = f"{task.num_branches} × {task.num_tokens} over {len(task.prompt):,}"
+    contenders = [contender for contender in contenders if _takes_part(contender.rival, task)]
     runs: dict[str, Run] = {OURS: lambda: _measured(run_tree(engine, task), task)}
     tasks = {contender.rival.name: _shortened(task, contender.rival) for contender in contenders}
     for contender in contenders:
@@ -128,6 +129,11 @@ def _beside(workload: str, rival: Rival, theirs: Samples, ours: Samples, task: T
         note = f"over {task.num_tokens} tokens" if is_short and what == "decode" else ""
         ratio = ratio_of(ours[what], values, more_is_better=what != FORK)
         yield figure(workload, rival.name, what, _unit(what), values, ratio=ratio, ratio_at_least=goal, note=note)
+
+
+def _takes_part(rival: Rival, task: TreeTask) -> bool:
+    limit = rival.most_prompt_tokens
+    return limit is None or task.num_branches * len(task.prompt) <= limit
 
 
 def _unit(what: str) -> str:

@@ -16,6 +16,8 @@ from dendrite.verify.report import Row, Verdict
 from dendrite.verify.subject import Subject
 
 CHOICES = (" yes", " no", "\n\n", " It was counted forty-two times.", " Größe 🙂", " 7 12 1984")
+AT_ONCE = 48
+"""Forks in one batch: those at early offsets compute the rest of their prompt again, each for itself."""
 
 
 def tokenization(engine: Engine, reference: Reference) -> Row:
@@ -65,12 +67,14 @@ def _forked_alone(
 def _forked_together(
     engine: Engine, warm: Branch, expected: Expected, offsets: Sequence[int], *, num_tokens: int
 ) -> Iterator[Row]:
-    branches = [_fork(warm, expected, at) for at in offsets]
-    firsts = [branch.num_tokens - len(expected.prompt.token_ids) for branch in branches]
-    outs = engine.generate(branches, max_tokens=num_tokens, ignore_eos=True)
-    for at, first, out in zip(offsets, firsts, outs, strict=True):
-        yield judge_tokens("fork", f"at {at}", out.token_ids, expected, logprobs=out.logprobs, first=first)
-        out.branch.prune()
+    for begin in range(0, len(offsets), AT_ONCE):
+        batch = offsets[begin : begin + AT_ONCE]
+        branches = [_fork(warm, expected, at) for at in batch]
+        firsts = [branch.num_tokens - len(expected.prompt.token_ids) for branch in branches]
+        outs = engine.generate(branches, max_tokens=num_tokens, ignore_eos=True)
+        for at, first, out in zip(batch, firsts, outs, strict=True):
+            yield judge_tokens("fork", f"at {at}", out.token_ids, expected, logprobs=out.logprobs, first=first)
+            out.branch.prune()
 
 
 def _fork(warm: Branch, expected: Expected, at: int) -> Branch:

@@ -13,6 +13,8 @@ from dendrite.bench.peers.protocol import PeerError
 from dendrite.engine.registry import ModelStore
 
 PEERS = ("hf", "llama.cpp")
+MOST_COPIED = 20_000
+"""Prompt tokens, copies counted, that a peer without prefix sharing is still asked for: minutes on two cores."""
 
 Goals = dict[tuple[int, int, str], float]
 """(branches, tokens of the prompt, figure) -> the least ratio aimed at."""
@@ -29,6 +31,8 @@ class Rival:
     python: str = sys.executable
     most_tokens: int | None = None
     """Tokens after which its decoding is known well enough; None is all of them."""
+    most_prompt_tokens: int | None = None
+    """It sits out a workload in which it would compute more tokens of prompts than this; None is no limit."""
     goals: Goals = field(default_factory=dict)
 
     def start(self) -> AbstractContextManager[Peer]:
@@ -62,9 +66,11 @@ def _transformers(model: str, dtype: str) -> list[Rival]:
     return [
         Rival(
             "hf generate",
-            "`generate` on a batch of copies of the prompt, which it computes once for each",
+            "`generate` on a batch of copies of the prompt, which it computes once for each; "
+            f"left out where that would be more than {MOST_COPIED:,} tokens",
             module,
             (folder, dtype, "generate"),
+            most_prompt_tokens=MOST_COPIED,
             goals={(32, 512, "whole"): 8.0},
         ),
         Rival(
