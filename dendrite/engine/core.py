@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.config import EngineConfig, SamplingParams
+from dendrite.engine.demand import demand, prunable
 from dendrite.engine.errors import BranchError, ContextOverflow, OutOfBlocks, RequestError
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
+from dendrite.engine.nodes import Tip
+from dendrite.engine.prefixes import common_prefix
 from dendrite.engine.random import child_key, root_key
 from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import Group, ScoreRequest
@@ -24,7 +27,7 @@ from dendrite.engine.scheduler import Scheduler
 from dendrite.engine.states import explain, next_status
 from dendrite.engine.stats import Stats, take_stats
 from dendrite.engine.text import Tokenizer
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 if TYPE_CHECKING:
     from dendrite.engine.branch import Branch
@@ -120,7 +123,7 @@ class Core:
                 turns.append({"role": "assistant", "content": self.tokenizer.decode(path[start:])})
             turns += messages
             tokens = self.tokenizer.render(turns)
-            keep = max(1, _num_equal(path, tokens))
+            keep = max(1, common_prefix(path, tokens))
             self._extend(record, tokens[keep:], keep=keep)
             record.chat = (tuple(turns), len(tokens))
 
@@ -264,12 +267,6 @@ class Core:
 
     def _check_blocks(self, tip: Tip, num_more: int = 0) -> None:
         pool = self._tree.pool
-        needed = self._tree.demand([(tip, max(0, num_more), False)])
+        needed = demand(pool, [(tip, max(0, num_more), False)])
         if needed > pool.num_free:
-            raise OutOfBlocks(needed, pool.num_free, self._tree.prunable([tip]))
-
-
-def _num_equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+            raise OutOfBlocks(needed, pool.num_free, prunable(pool, [tip]))

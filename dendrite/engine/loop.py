@@ -23,12 +23,13 @@ from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, Engi
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Head, Result
+from dendrite.engine.nodes import Tip
 from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.sampling_row import Sampled
 from dendrite.engine.scheduler import Scheduler, Step
 from dendrite.engine.stats import Counters
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 
 class StepLoop:

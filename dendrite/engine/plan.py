@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.ids import NodeId
-from dendrite.engine.tree import KVNode, KVTree
+from dendrite.engine.nodes import KVNode
+from dendrite.engine.tree import KVTree
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dendrite.engine.messages import Message
+from dendrite.engine.nodes import Tip
 from dendrite.engine.random import child_key, root_key
-from dendrite.engine.tree import Tip
 
 
 class BranchRecord:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.nodes import Tip
+from dendrite.engine.tree import KVTree
 
 Demand = list[tuple[Tip, int, bool]]
 
@@ -20,7 +21,7 @@ class Request:
         self.is_done = False
 
     def demand(self) -> Demand:
-        """The slots it may still take, as `KVTree.demand` reads them."""
+        """The slots it may still take, as `demand.demand` reads them."""
         raise NotImplementedError
 
 

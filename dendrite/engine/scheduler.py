@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dendrite.engine.batch import Batch
+from dendrite.engine.demand import demand, prunable
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
+from dendrite.engine.nodes import HiddenRow, KVNode, Tip
 from dendrite.engine.plan import Run, plan_runs
 from dendrite.engine.requests import GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
-from dendrite.engine.tree import HiddenRow, KVNode, KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 MAX_DECODE_ROWS = 256
 """Branches that decode in one step; more take turns."""
@@ -73,7 +75,7 @@ class Scheduler:
         Raises:
             OutOfBlocks: it could never run, or nothing else runs whose end could make room; nothing was changed.
         """
-        needed = self._tree.demand(group.demand())
+        needed = demand(self._tree.pool, group.demand())
         pool = self._tree.pool
         if needed > pool.num_total or (needed > pool.num_free and not self.has_work):
             raise self._refusal(needed, group)
@@ -148,7 +150,7 @@ class Scheduler:
         while self._queue:
             group = self._queue[0]
             entries = [entry for request in self.running for entry in request.demand()]
-            needed = self._tree.demand(entries + group.demand())
+            needed = demand(self._tree.pool, entries + group.demand())
             if needed > self._tree.pool.num_free:
                 if self.running:
                     break
@@ -168,7 +170,7 @@ class Scheduler:
 
     def _refusal(self, needed: int, group: Group) -> OutOfBlocks:
         busy = [request.tip for request in (*self.running, *group.requests)]
-        return OutOfBlocks(needed, self._tree.pool.num_free, self._tree.prunable(busy))
+        return OutOfBlocks(needed, self._tree.pool.num_free, prunable(self._tree.pool, busy))
 
 
 def _is_decoding(request: Request) -> bool:

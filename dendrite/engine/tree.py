@@ -17,76 +17,13 @@ Ownership moves in two places: `extend` turns a tip's hold into its new node's h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import BlockId, NodeId
-from dendrite.engine.states import Status
-
-HiddenRow = tuple[object, int]
-"""A step's hidden rows, opaque here, and an index into them."""
-
-
-class KVNode:
-    """A run of tokens with the blocks that hold their K/V. Offsets count from the node's own first token."""
-
-    __slots__ = (
-        "attached",
-        "blocks",
-        "children",
-        "epoch",
-        "hidden",
-        "is_live",
-        "node_id",
-        "num_computed",
-        "num_placed",
-        "offset",
-        "parent",
-        "spans",
-        "start",
-        "token_ids",
-        "writer",
-    )
-
-    def __init__(self, node_id: NodeId, parent: KVNode | None, offset: int) -> None:
-        self.node_id = node_id
-        self.parent = parent
-        self.offset = offset  # of the parent's tokens, how many come before this node
-        self.start: int = parent.start + offset if parent else 0  # absolute position of the first own token
-        self.token_ids: list[int] = []
-        self.num_placed = 0  # leading tokens that have slots
-        self.num_computed = 0  # leading tokens whose K/V is in them
-        self.blocks: list[BlockId] = []  # blocks[0] covers absolute position `start`
-        self.attached: dict[int, int] = {}  # offset -> how many tips and child nodes are attached there
-        self.writer: Tip | None = None
-        self.children: dict[NodeId, KVNode] = {}
-        self.hidden: tuple[int, HiddenRow] | None = None  # (offset, final hidden row after the token before it)
-        self.spans: list[tuple[int, int, int]] | None = None  # cache of `KVTree.spans`
-        self.epoch = 0  # counts roll-backs, so that a step in flight knows its tokens are gone
-        self.is_live = True
-
-    @property
-    def ref_count(self) -> int:
-        """Tips and child nodes that hold this node."""
-        return sum(self.attached.values()) + (self.writer is not None)
-
-
-class Tip:
-    """Where a branch ends: after `offset` tokens of `node`."""
-
-    __slots__ = ("depth", "node", "offset", "status")
-
-    def __init__(self, node: KVNode, offset: int) -> None:
-        self.node = node
-        self.offset = offset
-        self.status: Status = "idle"
-        self.depth: int | None = None  # in the user's tree; None for what no user holds
-
-    @property
-    def length(self) -> int:
-        """Number of tokens from the root to here."""
-        return self.node.start + self.offset
+from dendrite.engine.nodes import KVNode, Tip
+from dendrite.engine.prefixes import longest_match
 
 
 class KVTree:
@@ -104,7 +41,7 @@ class KVTree:
 
     def new_root(self, token_ids: Sequence[int]) -> tuple[Tip, int]:
         """A tip after `token_ids`, sharing the longest live prefix of a block or more; and how much was shared."""
-        node, offset = self._longest_match(token_ids)
+        node, offset = longest_match(self._roots.get(token_ids[0], []), token_ids, at_least=self.pool.block_size)
         if node is None:
             tip = self._new_node(None, 0)
             self._roots.setdefault(token_ids[0], []).append(tip.node)
@@ -193,41 +130,6 @@ class KVTree:
         return [slot for begin, end in self.spans(node, first, last) for slot in range(begin, end)]
 
     # --- blocks ------------------------------------------------------------------------------------------------
-
-    def demand(self, wanted: Iterable[tuple[Tip, int, bool]]) -> int:
-        """An upper bound of the blocks to take until each tip's path, and so many tokens beyond it, has slots.
-
-        `wanted` lists (tip, tokens beyond it, whether a fork of the tip gets them rather than the tip itself).
-        """
-        upto: dict[NodeId, tuple[KVNode, int]] = {}
-        blocks = 0
-        for tip, num_more, is_fork in wanted:
-            node: KVNode | None = tip.node
-            offset = tip.offset
-            if num_more and not is_fork and tip.node.writer is tip and offset == len(tip.node.token_ids):
-                offset += num_more
-            elif num_more:
-                blocks += self._blocks_between(tip.length, tip.length + num_more)
-            while node is not None and node.num_placed < offset:
-                known = upto.get(node.node_id)
-                if known is None or known[1] < offset:
-                    upto[node.node_id] = (node, offset)
-                offset, node = node.offset, node.parent
-        return blocks + sum(self._blocks_to_place(node, offset) for node, offset in upto.values())
-
-    def prunable(self, busy: Iterable[Tip]) -> int:
-        """Blocks that no path of a `busy` tip uses: what pruning every other branch would give back."""
-        held: set[BlockId] = set()
-        seen: dict[NodeId, int] = {}
-        for tip in busy:
-            node: KVNode | None = tip.node
-            offset = tip.offset
-            while node is not None and seen.get(node.node_id, -1) < offset:
-                seen[node.node_id] = offset
-                num = -(-(node.start + offset) // self.pool.block_size) - node.start // self.pool.block_size
-                held.update(node.blocks[: max(num, 0)])
-                offset, node = node.offset, node.parent
-        return self.pool.num_used - len(held)
 
     def place(self, node: KVNode, last: int) -> list[tuple[BlockId, BlockId]]:
         """Gives slots to the node's tokens up to offset `last`; the parent's are placed already.
@@ -381,26 +283,6 @@ class KVTree:
             offset, node = node.offset, node.parent
         return node, min(offset, length - node.start)
 
-    def _longest_match(self, token_ids: Sequence[int]) -> tuple[KVNode | None, int]:
-        """The deepest live (node, offset) whose path is a prefix of `token_ids`, of a block or the whole of them."""
-        best: tuple[int, KVNode | None, int] = (0, None, 0)
-        candidates = self._roots.get(token_ids[0], [])
-        begin = 0
-        while candidates:
-            length, node = max(
-                ((_common_prefix(child.token_ids, token_ids, begin), child) for child in candidates),
-                key=lambda pair: pair[0],
-            )
-            if not length:
-                break
-            begin += length
-            best = (begin, node, length)
-            candidates = [child for child in node.children.values() if child.offset == length]
-        matched, found, offset = best
-        if matched < min(self.pool.block_size, len(token_ids)):
-            return None, 0
-        return found, offset
-
     # --- block arithmetic --------------------------------------------------------------------------------------
 
     def _tail_block(self, node: KVNode, position: int) -> BlockId | None:
@@ -436,19 +318,6 @@ class KVTree:
             self.pool.release([node.blocks.pop()])
         return [(tail, taken[0])]
 
-    def _blocks_to_place(self, node: KVNode, last: int) -> int:
-        position = node.start + node.num_placed
-        sole_owner = bool(node.blocks) and self.pool.ref_count(node.blocks[-1]) == 1
-        if sole_owner:
-            size = self.pool.block_size
-            return -(-(node.start + last) // size) - -(-position // size)
-        return self._blocks_between(position, node.start + last)
-
-    def _blocks_between(self, position: int, end: int) -> int:
-        """Blocks for `[position, end)` by a writer that may have to copy the block it starts in."""
-        size = self.pool.block_size
-        return -(-end // size) - position // size
-
     def _joined_blocks(self, node: KVNode) -> list[tuple[int, int, int]]:
         """Runs of adjacent blocks: (first position, position past the last, slot of the first)."""
         size = self.pool.block_size
@@ -480,14 +349,3 @@ class KVTree:
 
 def _count(counts: dict[int, int], key: int) -> None:
     counts[key] = counts.get(key, 0) + 1
-
-
-def _common_prefix(ours: list[int], theirs: Sequence[int], begin: int) -> int:
-    """How many of `ours` equal `theirs[begin:]`."""
-    num = min(len(ours), len(theirs) - begin)
-    if num <= 0 or ours[0] != theirs[begin]:
-        return 0
-    for index in range(num):
-        if ours[index] != theirs[begin + index]:
-            return index
-    return num

@@ -6,9 +6,10 @@ import pytest
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.errors import OutOfBlocks
+from dendrite.engine.nodes import Tip
 from dendrite.engine.requests import GenerateRequest, Group, ScoreRequest
 from dendrite.engine.scheduler import Scheduler, Step
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 
 def make(num_blocks: int = 64, block_size: int = 4, prefill_chunk: int = 16) -> tuple[KVTree, Scheduler]:

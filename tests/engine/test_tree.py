@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dendrite.engine.blocks import BlockPool
+from dendrite.engine.demand import demand
 from dendrite.engine.errors import OutOfBlocks
-from dendrite.engine.tree import KVTree, Tip
+from dendrite.engine.nodes import Tip
+from dendrite.engine.tree import KVTree
 
 
 def make_tree(num_blocks: int = 64, block_size: int = 4) -> KVTree:
@@ -185,9 +187,9 @@ def test_demand_counts_shared_pending_tokens_once() -> None:
     tree = make_tree(num_blocks=400)
     root, _ = tree.new_root(list(range(20)))
     forks = [tree.fork(root) for _ in range(100)]
-    assert tree.demand((fork, 0, False) for fork in forks) == 5
-    assert tree.demand((fork, 4, False) for fork in forks) == 105
-    assert tree.demand([(root, 4, False)]) == 6
+    assert demand(tree.pool, [(fork, 0, False) for fork in forks]) == 5
+    assert demand(tree.pool, [(fork, 4, False) for fork in forks]) == 105
+    assert demand(tree.pool, [(root, 4, False)]) == 6
 
 
 def test_walks_are_iterative() -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from dendrite.engine.blocks import BlockPool
+from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.plan import Run
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.scheduler import _StepBuilder
-from dendrite.engine.tree import KVNode, KVTree, Tip
+from dendrite.engine.tree import KVTree
 
 TOKENS = st.integers(0, 5)
 

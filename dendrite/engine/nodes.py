@@ -1,0 +1,70 @@
+"""What the KV tree is made of: nodes, and the tips that hold them."""
+
+from __future__ import annotations
+
+from dendrite.engine.ids import BlockId, NodeId
+from dendrite.engine.states import Status
+
+HiddenRow = tuple[object, int]
+"""A step's hidden rows, opaque here, and an index into them."""
+
+
+class KVNode:
+    """A run of tokens with the blocks that hold their K/V. Offsets count from the node's own first token."""
+
+    __slots__ = (
+        "attached",
+        "blocks",
+        "children",
+        "epoch",
+        "hidden",
+        "is_live",
+        "node_id",
+        "num_computed",
+        "num_placed",
+        "offset",
+        "parent",
+        "spans",
+        "start",
+        "token_ids",
+        "writer",
+    )
+
+    def __init__(self, node_id: NodeId, parent: KVNode | None, offset: int) -> None:
+        self.node_id = node_id
+        self.parent = parent
+        self.offset = offset  # of the parent's tokens, how many come before this node
+        self.start: int = parent.start + offset if parent else 0  # absolute position of the first own token
+        self.token_ids: list[int] = []
+        self.num_placed = 0  # leading tokens that have slots
+        self.num_computed = 0  # leading tokens whose K/V is in them
+        self.blocks: list[BlockId] = []  # blocks[0] covers absolute position `start`
+        self.attached: dict[int, int] = {}  # offset -> how many tips and child nodes are attached there
+        self.writer: Tip | None = None
+        self.children: dict[NodeId, KVNode] = {}
+        self.hidden: tuple[int, HiddenRow] | None = None  # (offset, final hidden row after the token before it)
+        self.spans: list[tuple[int, int, int]] | None = None  # cache of `KVTree.spans`
+        self.epoch = 0  # counts roll-backs, so that a step in flight knows its tokens are gone
+        self.is_live = True
+
+    @property
+    def ref_count(self) -> int:
+        """Tips and child nodes that hold this node."""
+        return sum(self.attached.values()) + (self.writer is not None)
+
+
+class Tip:
+    """Where a branch ends: after `offset` tokens of `node`."""
+
+    __slots__ = ("depth", "node", "offset", "status")
+
+    def __init__(self, node: KVNode, offset: int) -> None:
+        self.node = node
+        self.offset = offset
+        self.status: Status = "idle"
+        self.depth: int | None = None  # in the user's tree; None for what no user holds
+
+    @property
+    def length(self) -> int:
+        """Number of tokens from the root to here."""
+        return self.node.start + self.offset
