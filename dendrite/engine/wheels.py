@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,12 @@ def _download(wheel: WheelFile, folder: Path, report: Report) -> Path:
 
 
 def _bytes_under(folder: Path) -> int:
+    """Bytes of all files below; what pip moves away meanwhile is passed over (`os.walk` does so with folders)."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # pip moved it away meanwhile
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 

@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -403,3 +405,26 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == tmp_path / ".cache" / "dendrite"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_folder() == tmp_path / "Library" / "Caches" / "dendrite"
+
+
+def test_folders_that_vanish_are_no_error_to_the_progress_bar(tmp_path: Path) -> None:
+    """Pip removes its unpacking folders while their size is asked for."""
+    from dendrite.engine.wheels import _bytes_under
+
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            folder = tmp_path / "unpack"
+            (folder / "deep").mkdir(parents=True)
+            (folder / "deep" / "file").write_bytes(b"x")
+            shutil.rmtree(folder)
+
+    (tmp_path / "stays").write_bytes(b"abc")
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all(_bytes_under(tmp_path) in (3, 4) for _ in range(500))
+    finally:
+        stop.set()
+        thread.join()
