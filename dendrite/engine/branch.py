@@ -171,6 +171,11 @@ class Branch:
         return self.engine.core.num_tokens(self.record)
 
     @property
+    def num_cached(self) -> int:
+        """Tokens of a root's prompt whose K/V another live branch had computed when it was made; 0 for a fork."""
+        return self.record.num_cached
+
+    @property
     def logprobs(self) -> list[float]:
         """Log-probabilities of the tokens that were sampled on this very branch, oldest first."""
         return list(self.record.logprobs)

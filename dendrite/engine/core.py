@@ -75,7 +75,9 @@ class Core:
             self.loop.counters.num_shared += num_shared
             tip.depth = 0
             salt = child_key(root_key(self._seed), next(self._root_numbers)) if seed is None else root_key(seed)
-            return BranchRecord(tip, salt=salt, key=0, chat=chat)
+            record = BranchRecord(tip, salt=salt, key=0, chat=chat)
+            record.num_cached = min(num_shared, self._tree.num_computed(tip))
+            return record
 
     def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:
         """`num` records at the same place, or at an earlier one; no block is touched."""
@@ -120,7 +122,8 @@ class Core:
             path = self._tree.token_ids(tip)
             turns = list(before)
             if len(path) > start:
-                turns.append({"role": "assistant", "content": self.tokenizer.decode(path[start:])})
+                said = path[start:]
+                turns.append({"role": "assistant", "content": self.tokenizer.decode(said), "token_ids": said})
             turns += messages
             tokens = self.tokenizer.render(turns)
             keep = max(1, common_prefix(path, tokens))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -24,6 +24,9 @@ from dendrite.engine.requests import Group
 from dendrite.engine.runner import Runner, TorchRunner
 from dendrite.engine.stats import Stats
 from dendrite.engine.text import HFTokenizer, Tokenizer
+
+OnEnd = Callable[[Generation], None]
+"""Takes the generation of a stream once it has ended."""
 
 
 class Engine:
@@ -148,22 +151,37 @@ class Engine:
         await self._await(group)
         return [_result(request) for request in requests]
 
-    def stream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> Generator[str]:
-        """Generates onto the branch and yields its text piece by piece; see `Branch.stream`."""
+    def stream(
+        self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
+    ) -> Generator[str]:
+        """Generates onto the branch and yields its text piece by piece; see `Branch.stream`.
+
+        `on_end` is called with the finished `Generation` after the last piece, unless the stream is closed before.
+        """
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         params = SamplingParams.of(**options)
-        _, group = self.core.submit_generations(self._checked([branch]), params, pieces.put)
-        return self._pieces(pieces, group)
+        (request,), group = self.core.submit_generations(self._checked([branch]), params, pieces.put)
+        return self._pieces(pieces, request, group, on_end)
 
-    def _pieces(self, pieces: queue.SimpleQueue[str | None], group: Group) -> Generator[str]:
+    def _pieces(
+        self,
+        pieces: queue.SimpleQueue[str | None],
+        request: GenerationRequest,
+        group: Group,
+        on_end: OnEnd | None,
+    ) -> Generator[str]:
         try:
             while (piece := pieces.get()) is not None:
                 yield piece
             group.future.result()
         finally:
             self.core.loop.cancel(group, keep=True)
+        if on_end is not None:
+            on_end(_result(request))
 
-    async def astream(self, branch: Branch, **options: Unpack[SamplingOptions]) -> AsyncGenerator[str]:
+    async def astream(
+        self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
+    ) -> AsyncGenerator[str]:
         """`stream` for asyncio."""
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -173,13 +191,15 @@ class Engine:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         params = SamplingParams.of(**options)
-        _, group = self.core.submit_generations(self._checked([branch]), params, hand_over)
+        (request,), group = self.core.submit_generations(self._checked([branch]), params, hand_over)
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
             await asyncio.wrap_future(group.future)
         finally:
             self.core.loop.cancel(group, keep=True)
+        if on_end is not None:
+            on_end(_result(request))
 
     def _submit(self, branches: Sequence[Branch], options: SamplingOptions) -> tuple[list[GenerationRequest], Group]:
         return self.core.submit_generations(self._checked(branches), SamplingParams.of(**options))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -12,3 +13,11 @@ class Message(TypedDict):
 
     role: Role
     content: str
+    name: NotRequired[str]
+    """Of the tool that a `tool` turn answers for; templates that know no names leave it out."""
+    tool_calls: NotRequired[Sequence[Mapping[str, object]]]
+    """An assistant's calls, as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, for templates
+    that write calls themselves."""
+    token_ids: NotRequired[Sequence[int]]
+    """The tokens that `content` was generated as. They are used in place of encoding it again, which for about half of
+    sampled texts would give other tokens, so that what the model wrote stays as it wrote it."""

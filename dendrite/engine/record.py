@@ -10,7 +10,7 @@ from dendrite.engine.random import child_key, root_key
 class BranchRecord:
     """The engine's side of a branch."""
 
-    __slots__ = ("chat", "key", "logprobs", "num_forks", "salt", "tip")
+    __slots__ = ("chat", "key", "logprobs", "num_cached", "num_forks", "salt", "tip")
 
     def __init__(self, tip: Tip, *, salt: int, key: int, chat: tuple[tuple[Message, ...], int] | None) -> None:
         self.tip = tip
@@ -18,6 +18,7 @@ class BranchRecord:
         self.key = key  # the path of child indices below whoever got the salt
         self.chat = chat  # the conversation, and the number of tokens it renders to
         self.num_forks = 0  # child indices are never used twice, so randomness never is
+        self.num_cached = 0  # tokens of a root whose K/V was there when it was made
         self.logprobs: list[float] = []
 
     def key_for(self, seed: int | None) -> int:

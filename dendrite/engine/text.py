@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
+from dendrite.engine.chat import check_messages, conversation_ids
 from dendrite.engine.errors import ModelError, RequestError
-from dendrite.engine.messages import Message, Role
+from dendrite.engine.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ROLES: tuple[str, ...] = get_args(Role)
 
 
 class Tokenizer(Protocol):
@@ -50,12 +49,19 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `token_ids`; special tokens are left out unless `special`."""
 
-    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat template, to see what it can write; empty if there is none to read."""
+
+    def render(
+        self, messages: Sequence[Message], *, continue_last: bool = False, tools: Sequence[Mapping[str, object]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant is to speak.
 
         Args:
-            messages: at least one.
+            messages: at least one. Turns with `token_ids` keep them.
             continue_last: leave the last message open, to be continued, rather than start a new turn.
+            tools: functions in OpenAI's form, for templates that write them.
 
         Raises:
             RequestError: a message without a known role or without text, or an order the template refuses.
@@ -101,27 +107,43 @@ class HFTokenizer:
         """See `Tokenizer.decode`."""
         return self._backend.decode(token_ids, skip_special_tokens=not special)
 
-    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
-        """See `Tokenizer.render`; special tokens are read in all of the rendered text, as the template needs it."""
-        _check_messages(messages, continue_last=continue_last)
+    @property
+    def chat_template(self) -> str:
+        """See `Tokenizer.chat_template`."""
         try:
-            self._tokenizer.get_chat_template()
+            return str(self._tokenizer.get_chat_template())
         except ValueError:
+            return ""
+
+    def render(
+        self, messages: Sequence[Message], *, continue_last: bool = False, tools: Sequence[Mapping[str, object]] = ()
+    ) -> list[int]:
+        """See `Tokenizer.render`; special tokens are read in all of the rendered text, as the template needs it."""
+        check_messages(messages, continue_last=continue_last)
+        if not self.chat_template:
             raise ModelError(
                 f"{self._tokenizer.name_or_path or 'this model'} has no chat template: give its prompt as text, or "
                 "load a model that was tuned for chat"
-            ) from None
-        try:
+            )
+
+        def write(turns: Sequence[Mapping[str, object]]) -> str:
             text = self._tokenizer.apply_chat_template(
-                [{"role": message["role"], "content": message["content"]} for message in messages],
+                cast("list[dict[str, str]]", [dict(turn) for turn in turns]),  # calls are lists, whatever it says
+                tools=[dict(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=not continue_last,
                 continue_final_message=continue_last,
             )
+            return str(text)
+
+        def encode(text: str, starts: bool) -> list[int]:  # noqa: FBT001 - as `chat.Encode` has it
+            # The template writes BOS itself where the model wants one, so the tokenizer adds nothing.
+            return self._variant(starts=starts, special=True).encode(text, add_special_tokens=False).ids
+
+        try:
+            return conversation_ids(messages, write, encode)
         except (TemplateError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-        # The template writes BOS itself where the model wants one, so the tokenizer adds nothing.
-        return self._backend.encode(str(text), add_special_tokens=False).ids
 
     def _variant(self, *, starts: bool, special: bool) -> Backend:
         starts = starts or self._json[True] is self._json[False]
@@ -132,24 +154,6 @@ class HFTokenizer:
             # Two threads may both have made one; either serves.
             self._backends[starts, special] = found
         return found
-
-
-def _check_messages(messages: Sequence[object], *, continue_last: bool) -> None:
-    if isinstance(messages, str) or not messages:
-        raise RequestError('messages must be one or more of {"role": ..., "content": ...}')
-    roles = [_checked_role(index, message) for index, message in enumerate(messages)]
-    if continue_last and roles[-1] != "assistant":
-        raise RequestError("only a last message of the assistant can be continued")
-
-
-def _checked_role(index: int, message: object) -> object:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise RequestError(f"messages[{index}]={message!r} cannot be used: it needs a role and a content")
-    if message["role"] not in _ROLES:
-        raise RequestError(f"messages[{index}] has role {message['role']!r}: give one of {', '.join(_ROLES)}")
-    if not isinstance(message["content"], str):
-        raise RequestError(f"messages[{index}] has content {message['content']!r}: give a string")
-    return message["role"]
 
 
 def _description(backend: Backend) -> dict[str, object]:

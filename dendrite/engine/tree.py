@@ -114,6 +114,11 @@ class KVTree:
         found.reverse()
         return found
 
+    def num_computed(self, tip: Tip) -> int:
+        """How many tokens from the root on have their K/V."""
+        pending = self.pending(tip)
+        return pending[0][0].start + pending[0][0].num_computed if pending else tip.length
+
     def spans(self, node: KVNode, first: int, last: int) -> list[tuple[int, int]]:
         """The slots of the node's tokens `[first, last)`: ranges in order, blocks that lie side by side joined."""
         if node.spans is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dendrite.engine.messages import Message
 
@@ -25,6 +25,7 @@ class ByteTokenizer:
     eos_token_ids = frozenset({END})
     bos_token_id = BEGIN
     byte_token_ids: frozenset[int] = frozenset()
+    chat_template = ""
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Bytes of the text, the first one marked."""
@@ -38,11 +39,17 @@ class ByteTokenizer:
         """The bytes as text; what is no UTF-8 as replacement characters."""
         return b"".join(_bytes_of(token_ids, special=special)).decode(errors="replace")
 
-    def render(self, messages: Sequence[Message], *, continue_last: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_last: bool = False,
+        tools: Sequence[Mapping[str, object]] = (),  # noqa: ARG002 - its turns have no place for tools
+    ) -> list[int]:
         """`<|begin|>`, then `<|role|>content<|end|>` for each message, then `<|assistant|>`."""
         ids = [BEGIN]
         for message in messages:
-            ids += [_role(message["role"]), *_marked(message["content"]), END]
+            ids += [_role(message["role"]), *(message.get("token_ids") or _marked(message["content"])), END]
         return ids[:-1] if continue_last else [*ids, _role("assistant")]
 
 
