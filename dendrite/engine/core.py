@@ -175,6 +175,13 @@ class Core:
             self.loop.release_collected()
             return take_stats(self._tree, self.loop.counters, self.spec.bytes_per_token)
 
+    @property
+    def blocks_used(self) -> int:
+        """K/V blocks in use now."""
+        with self._lock:
+            self.loop.release_collected()
+            return self._tree.pool.num_used
+
     def check_integrity(self) -> None:
         """Asserts every invariant of tree and pool."""
         with self._lock:
@@ -188,7 +195,7 @@ class Core:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def submit_generations(
-        self, branches: Sequence[Branch], params: SamplingParams, sink: Sink | None = None
+        self, branches: Sequence[Branch], params: SamplingParams, sink: Sink | None = None, *, priority: float = 0.0
     ) -> tuple[list[GenerationRequest], Group]:
         """One request a branch, as one group: all of them run, or none."""
         self._checked_ids([*params.logit_bias, *params.stop_token_ids])
@@ -197,7 +204,7 @@ class Core:
             for branch in branches:
                 next_status(branch.record.tip.status, "submit")
             requests = [self._generation(branch, params, sink) for branch in branches]
-            return requests, self.loop.submit(requests)
+            return requests, self.loop.submit(requests, priority=priority)
 
     def _generation(self, branch: Branch, params: SamplingParams, sink: Sink | None) -> GenerationRequest:
         tip = branch.record.tip
@@ -216,7 +223,9 @@ class Core:
             sink=sink,
         )
 
-    def submit_score(self, record: BranchRecord, choices: Sequence[str]) -> tuple[ScoreRequest, Group]:
+    def submit_score(
+        self, record: BranchRecord, choices: Sequence[str], *, priority: float = 0.0
+    ) -> tuple[ScoreRequest, Group]:
         """One request for all choices."""
         if isinstance(choices, str) or not choices:
             raise RequestError("give a list of choices, at least one")
@@ -227,7 +236,7 @@ class Core:
             tip = self._live_tip(record)
             self._check_length(tip.length + max(map(len, candidates)))
             request = ScoreRequest(tip, candidates)
-            return request, self.loop.submit([request])
+            return request, self.loop.submit([request], priority=priority)
 
     # --- checks ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -24,6 +25,7 @@ from dendrite.engine.requests import Group
 from dendrite.engine.runner import Runner, TorchRunner
 from dendrite.engine.stats import Stats
 from dendrite.engine.text import HFTokenizer, Tokenizer
+from dendrite.engine.ticket import Ticket
 
 OnEnd = Callable[[Generation], None]
 """Takes the generation of a stream once it has ended."""
@@ -141,15 +143,31 @@ class Engine:
             OutOfBlocks: the pool is too small for what the call may need at worst.
             EngineClosed, EngineDead: the engine runs no more.
         """
-        requests, group = self._submit(branches, options)
-        self._wait(group)
-        return [_result(request) for request in requests]
+        return self.submit(branches, **options).wait()
 
     async def agenerate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """`generate` for asyncio. Cancelling the task cancels the generation at once; every branch rolls back."""
-        requests, group = self._submit(branches, options)
-        await self._await(group)
-        return [_result(request) for request in requests]
+        return await self.submit(branches, **options).result()
+
+    def submit(
+        self, branches: Sequence[Branch], *, priority: float = 0.0, **options: Unpack[SamplingOptions]
+    ) -> Ticket[list[Generation]]:
+        """`generate` that returns at once; `wait` or `await result()` of the ticket has the generations.
+
+        Args:
+            branches: all of them run, or none.
+            priority: calls with a higher one go first where not all can run.
+            options: as for `generate`.
+        """
+        params = SamplingParams.of(**options)
+        requests, group = self.core.submit_generations(self._checked(branches), params, priority=priority)
+        return Ticket(self.core.loop, group, lambda: [_result(request) for request in requests])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted inside starts in the same step. Hold it for submitting alone: the engine waits for it."""
+        with self.core.loop.lock:
+            yield
 
     def stream(
         self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
@@ -201,9 +219,6 @@ class Engine:
         if on_end is not None:
             on_end(_result(request))
 
-    def _submit(self, branches: Sequence[Branch], options: SamplingOptions) -> tuple[list[GenerationRequest], Group]:
-        return self.core.submit_generations(self._checked(branches), SamplingParams.of(**options))
-
     def _checked(self, branches: Sequence[Branch]) -> Sequence[Branch]:
         if not branches:
             raise RequestError("no branches were given")
@@ -217,33 +232,25 @@ class Engine:
 
     def score_tokens(self, branch: Branch, choices: Sequence[str]) -> list[list[float]]:
         """The log-probability of each token of each choice after the branch; see `Branch.score`."""
-        request, group = self.core.submit_score(branch.record, choices)
-        self._wait(group)
-        return request.logprobs
+        return self.submit_score(branch, choices).wait()
 
     async def ascore_tokens(self, branch: Branch, choices: Sequence[str]) -> list[list[float]]:
         """`score_tokens` for asyncio."""
-        request, group = self.core.submit_score(branch.record, choices)
-        await self._await(group)
-        return request.logprobs
+        return await self.submit_score(branch, choices).result()
 
-    # --- waiting -----------------------------------------------------------------------------------------------
-
-    def _wait(self, group: Group) -> None:
-        try:
-            group.future.result()
-        except BaseException:
-            self.core.loop.cancel(group)
-            raise
-
-    async def _await(self, group: Group) -> None:
-        try:
-            await asyncio.wrap_future(group.future)
-        except BaseException:
-            self.core.loop.cancel(group)
-            raise
+    def submit_score(
+        self, branch: Branch, choices: Sequence[str], *, priority: float = 0.0
+    ) -> Ticket[list[list[float]]]:
+        """`score_tokens` that returns at once; see `submit`."""
+        request, group = self.core.submit_score(branch.record, choices, priority=priority)
+        return Ticket(self.core.loop, group, lambda: request.logprobs)
 
     # --- the engine itself -------------------------------------------------------------------------------------
+
+    @property
+    def blocks_used(self) -> int:
+        """K/V blocks in use now; `stats` says more and takes longer."""
+        return self.core.blocks_used
 
     def stats(self) -> Stats:
         """Blocks, tokens, shape of the tree and running totals, as they are now."""

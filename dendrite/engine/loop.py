@@ -50,13 +50,13 @@ class StepLoop:
 
     # --- for callers -------------------------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[Request]) -> Group:
+    def submit(self, requests: Sequence[Request], *, priority: float = 0.0) -> Group:
         """Queues one call's requests; `group.future` resolves when all have ended.
 
         Raises:
             OutOfBlocks, EngineClosed, EngineDead: nothing was changed.
         """
-        group = Group(requests)
+        group = Group(requests, priority=priority)
         with self._wake:
             self.check_open()
             self.release_collected()

@@ -17,6 +17,7 @@ class Request:
 
     def __init__(self, tip: Tip) -> None:
         self.tip = tip
+        self.priority = 0.0
         self.group: Group | None = None
         self.is_done = False
 
@@ -77,15 +78,20 @@ class ScoreRequest(Request):
 
 
 class Group:
-    """The requests of one call. They are admitted together; one failure ends them all."""
+    """The requests of one call. They are admitted together; one failure ends them all.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    Where not everything can run, calls with a higher `priority` go first, and equal ones in the order they came.
+    """
+
+    def __init__(self, requests: Sequence[Request], *, priority: float = 0.0) -> None:
         self.requests = list(requests)
+        self.priority = priority
         self.future: Future[None] = Future()
         self.num_open = len(self.requests)
         self.is_admitted = False
         for request in self.requests:
             request.group = self
+            request.priority = priority
 
     def demand(self) -> Demand:
         """Of all its requests."""

@@ -1,5 +1,7 @@
 """Which tokens the next step computes: admission by worst case, decoding branches first, prefill in chunks.
 
+Where not all can run, calls of higher priority go first, and equal ones in the order they came.
+
     submitted groups ──► queue ──► running ──► one `Step`: runs of tokens (rows), and who reads which hidden row
 
 Admission is the only truth about memory: a group enters when the blocks it may take at worst, together with those of
@@ -8,6 +10,7 @@ all that runs, are free. So whatever runs can finish, and what can never fit is 
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +85,10 @@ class Scheduler:
         for request in group.requests:
             if isinstance(request, GenerateRequest):
                 request.tip.status = next_status(request.tip.status, "submit")
-        self._queue.append(group)
+        place = len(self._queue)
+        while place and self._queue[place - 1].priority < group.priority:
+            place -= 1
+        self._queue.insert(place, group)
 
     def open_groups(self) -> list[Group]:
         """Everything queued or running, once each."""
@@ -122,7 +128,7 @@ class Scheduler:
             builder.add_request(request, budget=1)
         if len(decoding) > MAX_DECODE_ROWS:  # take turns
             late = set(map(id, decoding[:MAX_DECODE_ROWS]))
-            self.running.sort(key=lambda request: id(request) in late)
+            self.running.sort(key=lambda request: (-request.priority, id(request) in late))
         budget = max(1, self._prefill_chunk // DECODE_SHARE) if decoding else self._prefill_chunk
         for request in self.running:
             if budget <= 0:
@@ -162,7 +168,7 @@ class Scheduler:
         return failed
 
     def _start(self, request: Request) -> None:
-        self.running.append(request)
+        insort(self.running, request, key=lambda other: -other.priority)  # after those of equal priority
         if isinstance(request, ScoreRequest):
             request.open_siblings(self._tree)
         else:

@@ -164,3 +164,35 @@ def test_more_branches_than_a_step_holds_take_turns() -> None:
     second = step(scheduler)
     assert len(first.reads) == len(second.reads) == 256
     assert {id(read.request) for read in first.reads + second.reads} == set(map(id, scheduler.running))
+
+
+def test_the_most_promising_call_is_admitted_first() -> None:
+    """Where memory serves one at a time, calls wait by priority, and equal ones in the order they came."""
+    tree, scheduler = make(num_blocks=4)
+    tips = [tree.new_root([number, 1])[0] for number in range(4)]
+    order: list[int] = []
+    first = GenerateRequest(tips[0], 8)
+    scheduler.submit(Group([first]))
+    step(scheduler)
+    waiting = [GenerateRequest(tip, 8) for tip in tips[1:]]
+    for request, priority in zip(waiting, (1.0, 5.0, 1.0), strict=True):
+        scheduler.submit(Group([request], priority=priority))
+    for _ in waiting:
+        ended = scheduler.running[0]
+        scheduler.remove(ended)
+        tree.prune(ended.tip)
+        step(scheduler)
+        order += [tips.index(request.tip) for request in scheduler.running]
+    assert order == [2, 1, 3]
+
+
+def test_prefill_goes_to_the_most_promising_call() -> None:
+    """Of two long prompts the one of higher priority gets the chunk, though it came later."""
+    tree, scheduler = make()
+    dull, _ = tree.new_root(list(range(40)))
+    bright, _ = tree.new_root(list(range(100, 140)))
+    scheduler.submit(Group([GenerateRequest(dull, 4)]))
+    scheduler.submit(Group([GenerateRequest(bright, 4)], priority=1.0))
+    found = step(scheduler)
+    assert found.batch is not None
+    assert found.batch.token_ids == list(range(100, 116))
