@@ -136,20 +136,22 @@ class Branch:
         """`stream` for asyncio."""
         return self.engine.astream(self, **options)
 
-    def score(self, choices: Sequence[str]) -> list[float]:
-        """Log-probability (nats) of each choice as the continuation of this path: all in one pass, nothing kept.
+    def score(self, choices: Sequence[str | Sequence[int]]) -> list[float]:
+        """Log-probability (nats) of each choice, text or token ids, as the continuation of this path.
+
+        All of them in one pass, and nothing is kept.
 
         Raises:
-            RequestError: no choices, or an empty one.
+            RequestError: no choices, an empty one, or a token id out of range.
             BranchError, ContextOverflow, OutOfBlocks, EngineClosed: as for `generate`.
         """
         return [sum(logprobs) for logprobs in self.engine.score_tokens(self, choices)]
 
-    async def ascore(self, choices: Sequence[str]) -> list[float]:
+    async def ascore(self, choices: Sequence[str | Sequence[int]]) -> list[float]:
         """`score` for asyncio."""
         return [sum(logprobs) for logprobs in await self.ascore_tokens(choices)]
 
-    async def ascore_tokens(self, choices: Sequence[str]) -> list[list[float]]:
+    async def ascore_tokens(self, choices: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The log-probability of each token of each choice, given this path and the choice's tokens before it."""
         return await self.engine.ascore_tokens(self, choices)
 

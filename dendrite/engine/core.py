@@ -224,12 +224,15 @@ class Core:
         )
 
     def submit_score(
-        self, record: BranchRecord, choices: Sequence[str], *, priority: float = 0.0
+        self, record: BranchRecord, choices: Sequence[str | Sequence[int]], *, priority: float = 0.0
     ) -> tuple[ScoreRequest, Group]:
         """One request for all choices."""
         if isinstance(choices, str) or not choices:
             raise RequestError("give a list of choices, at least one")
-        candidates = [self.tokenizer.encode(choice) for choice in choices]
+        candidates = [
+            self.tokenizer.encode(choice) if isinstance(choice, str) else self._checked_ids(choice)
+            for choice in choices
+        ]
         if not all(candidates):
             raise RequestError(f"choice {candidates.index([])} is empty: there is nothing to score")
         with self._lock:

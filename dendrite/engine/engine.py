@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, Unpack, overload
 
+from transformers import PreTrainedModel
+
 from dendrite.engine.branch import Branch
 from dendrite.engine.config import EngineConfig, SamplingOptions, SamplingParams
 from dendrite.engine.core import Core
@@ -23,6 +25,7 @@ from dendrite.engine.messages import Message
 from dendrite.engine.models import load_model
 from dendrite.engine.requests import Group
 from dendrite.engine.runner import Runner, TorchRunner
+from dendrite.engine.spec import ModelSpec
 from dendrite.engine.stats import Stats
 from dendrite.engine.text import HFTokenizer, Tokenizer
 from dendrite.engine.ticket import Ticket
@@ -89,8 +92,24 @@ class Engine:
             integrity=integrity,
         )
         loaded = load_model(name, dtype=config.dtype, device=config.device)
-        runner = TorchRunner(loaded.model, loaded.spec, kv_memory=config.kv_memory, block_size=config.block_size)
-        return cls(runner, HFTokenizer(loaded.tokenizer, loaded.eos_token_ids), config)
+        return cls.of(loaded.model, loaded.spec, HFTokenizer(loaded.tokenizer, loaded.eos_token_ids), config)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, spec: ModelSpec, tokenizer: Tokenizer, config: EngineConfig) -> Engine:
+        """Starts an engine on a model that is in memory already, wherever its weights came from.
+
+        Args:
+            model: in eval mode, its attention set to ours (`attention.interface`); its modules are replaced in place,
+                so that it is good for nothing else afterwards.
+            spec: its dimensions, from `models.checked_spec`.
+            tokenizer: of texts; a program that works with token ids alone may give one that knows no words.
+            config: the pool's size and so on; the model stays on the device and in the dtype that it has.
+
+        Raises:
+            RequestError: `kv_memory` or `block_size` is too small for a single block.
+        """
+        runner = TorchRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size)
+        return cls(runner, tokenizer, config)
 
     @property
     def name(self) -> str:
@@ -230,16 +249,16 @@ class Engine:
 
     # --- scoring -----------------------------------------------------------------------------------------------
 
-    def score_tokens(self, branch: Branch, choices: Sequence[str]) -> list[list[float]]:
+    def score_tokens(self, branch: Branch, choices: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The log-probability of each token of each choice after the branch; see `Branch.score`."""
         return self.submit_score(branch, choices).wait()
 
-    async def ascore_tokens(self, branch: Branch, choices: Sequence[str]) -> list[list[float]]:
+    async def ascore_tokens(self, branch: Branch, choices: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """`score_tokens` for asyncio."""
         return await self.submit_score(branch, choices).result()
 
     def submit_score(
-        self, branch: Branch, choices: Sequence[str], *, priority: float = 0.0
+        self, branch: Branch, choices: Sequence[str | Sequence[int]], *, priority: float = 0.0
     ) -> Ticket[list[list[float]]]:
         """`score_tokens` that returns at once; see `submit`."""
         request, group = self.core.submit_score(branch.record, choices, priority=priority)

@@ -81,10 +81,25 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", store: M
     tokenizer = _tokenizer(location)
     with _one_thread_if_small(location.path):
         model = _model(location, config, chosen).to(device=target)  # type: ignore[call-arg]
-        check_modules(model)
-        spec = _spec(location.name, model, chosen)
-        probe(model, spec)
+        spec = checked_spec(location.name, model, chosen)
     return LoadedModel(spec, model, tokenizer, _eos_token_ids(model, tokenizer), location.path, location.source)
+
+
+def checked_spec(name: str, model: PreTrainedModel, dtype: str) -> ModelSpec:
+    """The dimensions of a built model, once it is shown to run exactly.
+
+    Args:
+        name: for people.
+        model: in eval mode, its weights in `dtype`, its attention set to ours.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ModelError: a layer is not plain causal attention, or the probe forward differs.
+    """
+    check_modules(model)
+    spec = _spec(name, model, dtype)
+    probe(model, spec)
+    return spec
 
 
 def _device(device: str) -> torch.device:

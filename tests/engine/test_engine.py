@@ -112,6 +112,13 @@ def test_score_is_the_log_probability_of_each_choice_and_keeps_nothing(engine: E
     assert engine.stats().branches == 1
 
 
+def test_score_takes_token_ids_as_well(engine: Engine) -> None:
+    """A continuation that is not text for the program, or not to be encoded again, is scored as it stands."""
+    root = engine.root("is it?")
+    ids = [engine.tokenizer.encode(text) for text in (" yes.", " no.")]
+    assert root.score(ids) == root.score([" yes.", " no."])
+
+
 def test_equal_prompts_differ_without_a_seed_and_agree_with_one(engine: Engine) -> None:
     """Each root has a salt of its own; equal seeds draw equally, forks of one seed differently."""
     free = [engine.root("is it?").generate(max_tokens=5, temperature=1.0).text for _ in range(16)]
@@ -273,6 +280,8 @@ BAD_CALLS: dict[str, tuple[type[Exception], Callable[[Branch], object]]] = {
     "at beyond the end": (BranchError, lambda b: b.fork(1, at=1000)),
     "no choices": (RequestError, lambda b: b.score([])),
     "an empty choice": (RequestError, lambda b: b.score(["yes", ""])),
+    "a choice of no tokens": (RequestError, lambda b: b.score([[65], []])),
+    "a choice outside the vocabulary": (RequestError, lambda b: b.score([[10**6]])),
     "append nothing": (RequestError, lambda b: b.append()),
     "append both": (RequestError, lambda b: b.append("x", messages=[{"role": "user", "content": "x"}])),
     "messages on a text": (BranchError, lambda b: b.append(messages=[{"role": "user", "content": "x"}])),
