@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.config import EngineConfig, SamplingParams
 from dendrite.engine.demand import demand, prunable
-from dendrite.engine.errors import BranchError, ContextOverflow, OutOfBlocks, RequestError
+from dendrite.engine.errors import BranchError, ContextOverflow, EngineError, OutOfBlocks, RequestError
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
@@ -86,8 +86,8 @@ class Core:
         with self._lock:
             self.loop.check_open()
             tip = self._live_tip(record)
-            if at is not None and not 1 <= at <= tip.length:
-                raise BranchError(f"fork(at={at}): the branch has {tip.length} tokens; give 1 to {tip.length}")
+            if at is not None and not 1 <= at <= tip.num_known:
+                raise BranchError(f"fork(at={at}): the branch has {tip.num_known} tokens; give 1 to {tip.num_known}")
             forks = [self._fork_one(record, index, at, seed) for index in range(num)]
             self.loop.counters.num_forks += num
             return forks
@@ -167,7 +167,7 @@ class Core:
 
     def num_tokens(self, record: BranchRecord) -> int:
         """Length of the path."""
-        return self._live_tip(record).length
+        return self._live_tip(record).num_known
 
     def stats(self) -> Stats:
         """The picture of this moment."""
@@ -236,10 +236,15 @@ class Core:
         if not all(candidates):
             raise RequestError(f"choice {candidates.index([])} is empty: there is nothing to score")
         with self._lock:
-            tip = self._live_tip(record)
-            self._check_length(tip.length + max(map(len, candidates)))
-            request = ScoreRequest(tip, candidates)
-            return request, self.loop.submit([request], priority=priority)
+            branch_tip = self._live_tip(record)
+            self._check_length(branch_tip.num_known + max(map(len, candidates)))
+            tip = self._tree.fork(branch_tip)
+            try:
+                request = ScoreRequest(tip, candidates)
+                return request, self.loop.submit([request], priority=priority)
+            except EngineError:
+                self._tree.prune(tip)
+                raise
 
     # --- checks ------------------------------------------------------------------------------------------------
 

@@ -72,14 +72,27 @@ class GenerationRequest(GenerateRequest):
             eos_token_ids=tokenizer.eos_token_ids,
         )
 
+    def can_look_ahead(self) -> bool:
+        """See `GenerateRequest`; what changes the logits of the next token has to know this one."""
+        return self.num_left > 1 and self.row.is_plain
+
+    def look_ahead(self, draw: int) -> None:
+        """Makes the token that is being drawn part of the path before it is known; `accept` settles it."""
+        self._tree.look_ahead(self.tip, draw)
+        self.row.num_ahead = 1
+
     def accept(self, sampled: Sampled) -> FinishReason | None:
         """Takes the next token onto the branch; returns why the generation ends with it, if it does."""
+        self.row.num_ahead = 0
         token = sampled.token_id
         if token in self._stops:
             return "stop"
         if token in self._ends:
             return "eos"
-        self._tree.extend(self.tip, [token])
+        if self.tip.num_ahead:
+            self._tree.settle(self.tip, token)
+        else:
+            self._tree.extend(self.tip, [token])
         self._sampled.append(sampled)
         self.row.advance(token)
         self.num_left -= 1
@@ -90,6 +103,7 @@ class GenerationRequest(GenerateRequest):
 
     def finish(self, reason: FinishReason) -> None:
         """Freezes what was generated into `generation`."""
+        self._tree.drop_ahead(self.tip)
         self._stream.finish()
         sampled = self._sampled
         self.generation = Generation(

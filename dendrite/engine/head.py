@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +21,52 @@ ROWS_AT_ONCE = 256
 Result = Sampled | float | LogitsError
 
 
+class Flight(Protocol):
+    """One step's reads on their way."""
+
+    tokens: Tensor | None
+    """[num_reads] int64 on the runner's device: what was drawn for each read, for the step after to compute; None where
+    nobody looks ahead."""
+    is_ready: bool
+    """Whether the results are there, so that waiting for them hides nothing."""
+
+    def results(self) -> list[Result]:
+        """One result a read, in order; waits for them."""
+
+
+class ReadyFlight:
+    """Results that were there at once."""
+
+    def __init__(self, results: list[Result], tokens: Tensor | None = None, *, is_ready: bool = True) -> None:
+        self._results = results
+        self.tokens = tokens
+        self.is_ready = is_ready
+
+    def results(self) -> list[Result]:
+        """See `Flight.results`."""
+        return self._results
+
+
+def needs_settled(reads: Sequence[Read]) -> bool:
+    """Whether a draw depends on tokens that may still be in flight, or on edits that only the host makes."""
+    return any(isinstance(read.request, GenerationRequest) and not read.request.row.is_plain for read in reads)
+
+
 class Head:
     """The language-model head and the sampler over one step's reads."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._sampler = Sampler()
+
+    def launch(self, reads: Sequence[Read], hidden: Tensor | None) -> Flight:
+        """Start reading. `hidden` is the step's output, `[num_outputs, hidden_size]`."""
+        results = self.read(reads, hidden)
+        if not self._runner.look_ahead:
+            return ReadyFlight(results)
+        tokens = [result.token_id if isinstance(result, Sampled) else 0 for result in results]
+        device = hidden.device if hidden is not None else None
+        return ReadyFlight(results, torch.tensor(tokens, device=device), is_ready=needs_settled(reads))
 
     def read(self, reads: Sequence[Read], hidden: Tensor | None) -> list[Result]:
         """One result a read, in order. `hidden` is the step's output, `[num_outputs, hidden_size]`.

@@ -8,6 +8,15 @@
 
 Everything that reads or changes the tree holds `lock`; the forward pass and the sampling do not, so forks go on
 meanwhile. A request that ends while its step is in flight is `is_done`, and its row is discarded at commit.
+
+On a device, where `run` and `sample` only launch work, the loop looks ahead, so that the device never waits for Python:
+
+    launch 1 │ launch 2 │ commit 1 │ launch 3 │ commit 2 │ …
+    device:  1──────────2──────────────────────3────────────
+
+Step 2 computes the token that step 1 draws while nobody knows it yet (`KVTree.look_ahead`). If it ends the generation,
+what step 2 did for it is discarded: nothing else ever reads that slot, and the device runs launches in order, so
+whoever gets the block next writes it later. A known end is not run ahead, and neither is a draw that needs the host.
 """
 
 from __future__ import annotations
@@ -18,11 +27,12 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.gil import stepping
-from dendrite.engine.head import Head, Result
+from dendrite.engine.head import Flight, Head, Result, needs_settled
 from dendrite.engine.nodes import Tip
 from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import Runner
@@ -42,6 +52,7 @@ class StepLoop:
         self.counters = Counters()
         self._runner = runner
         self._head = Head(runner)
+        self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
         self._end: EngineError | None = None
@@ -113,6 +124,7 @@ class StepLoop:
                 with stepping(), torch.inference_mode():
                     while self._end is None and self.scheduler.has_work:
                         self._step()
+                    self._flights.clear()  # nobody waits for what is left
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             with self.lock:
                 self._end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
@@ -134,12 +146,50 @@ class StepLoop:
             self.release_collected()
             step = self.scheduler.schedule()
             self._fail(step)
-        hidden = self._runner.run(step.batch) if step.batch is not None else None
-        results = self._head.read(step.reads, hidden)
+        hidden = self._run(step)
+        num_ahead = self._launch_reads(step, hidden)
+        self._land(keep=num_ahead)
+        with self.lock:
+            self._look_ahead()
+            self.counters.count_step(step, seconds=time.perf_counter() - began, blocks=self.tree.pool.num_used)
+
+    def _run(self, step: Step) -> Tensor | None:
+        if step.batch is None:
+            return None
+        drawn = self._flights[-1][1].tokens if self._flights else None
+        hidden = self._runner.run(step.batch, drawn)
         with self.lock:
             self.scheduler.commit(step, hidden)
-            self._commit(step, results)
-            self.counters.count_step(step, seconds=time.perf_counter() - began, blocks=self.tree.pool.num_used)
+        return hidden
+
+    def _launch_reads(self, step: Step, hidden: Tensor | None) -> int:
+        """Starts the step's reads; returns how many steps may stay in flight."""
+        if not step.reads:
+            return 0
+        if needs_settled(step.reads):
+            self._land(keep=0)
+        flight = self._head.launch(step.reads, hidden)
+        for read in step.reads:
+            read.request.num_in_flight += 1
+        self._flights.append((step, flight))
+        return 0 if flight.is_ready else self._runner.look_ahead
+
+    def _land(self, *, keep: int) -> None:
+        """Commits the oldest steps in flight until no more than `keep` are left."""
+        while len(self._flights) > keep:
+            step, flight = self._flights.popleft()
+            results = flight.results()
+            with self.lock:
+                self._commit(step, results)
+
+    def _look_ahead(self) -> None:
+        """Lets the branches whose tokens are in flight go on with them, where they can; the others wait."""
+        for draw, read in enumerate(self._flights[-1][0].reads if self._flights else ()):
+            request = read.request
+            if not isinstance(request, GenerationRequest) or request.is_done or request.tip.num_ahead:
+                continue
+            if request.can_look_ahead():
+                request.look_ahead(draw)
 
     def _fail(self, step: Step) -> None:
         for request, error in step.failed:
@@ -151,6 +201,7 @@ class StepLoop:
         scores: dict[int, ScoreRequest] = {}
         for read, result in zip(step.reads, results, strict=True):
             request = read.request
+            request.num_in_flight -= 1
             if request.is_done:
                 continue
             if isinstance(result, DendriteError):

@@ -56,11 +56,12 @@ class KVNode:
 class Tip:
     """Where a branch ends: after `offset` tokens of `node`."""
 
-    __slots__ = ("depth", "node", "offset", "status")
+    __slots__ = ("depth", "node", "num_ahead", "offset", "status")
 
     def __init__(self, node: KVNode, offset: int) -> None:
         self.node = node
         self.offset = offset
+        self.num_ahead = 0  # last tokens that are drawn but not known yet; see `KVTree.look_ahead`
         self.status: Status = "idle"
         self.depth: int | None = None  # in the user's tree; None for what no user holds
 
@@ -68,3 +69,8 @@ class Tip:
     def length(self) -> int:
         """Number of tokens from the root to here."""
         return self.node.start + self.offset
+
+    @property
+    def num_known(self) -> int:
+        """Number of tokens from the root to here that are known: all that anybody but the step loop may see."""
+        return self.length - self.num_ahead

@@ -19,7 +19,13 @@ class Request:
         self.tip = tip
         self.priority = 0.0
         self.group: Group | None = None
+        self.num_in_flight = 0  # reads that were launched and have not come back
         self.is_done = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether nothing can be computed for it before its reads in flight have come back."""
+        raise NotImplementedError
 
     def demand(self) -> Demand:
         """The slots it may still take, as `demand.demand` reads them."""
@@ -33,9 +39,19 @@ class GenerateRequest(Request):
         super().__init__(tip)
         self.num_left = num_left
 
+    @property
+    def is_waiting(self) -> bool:
+        """Its next token is being drawn, and nothing can be computed before it is known."""
+        return self.num_in_flight > 0 and not self.tip.num_ahead
+
+    def can_look_ahead(self) -> bool:
+        """Whether the token after the one that is being drawn may be computed before that one is known."""
+        return self.num_left > 1
+
     def demand(self) -> Demand:
         """The path's own tokens and those still to come."""
-        return [(self.tip, max(0, self.num_left - 1), False)]  # the last token needs no slot to be returned
+        # the last token needs no slot to be returned, and one that is looked ahead has joined the path
+        return [(self.tip, max(0, self.num_left - 1 - self.tip.num_ahead), False)]
 
 
 class ScoreRequest(Request):
@@ -43,13 +59,15 @@ class ScoreRequest(Request):
 
     tip ──┬── " ye" ── "s"        a sibling holds all but its candidate's last token:
           └── " no"               the last one is only predicted, never read
+
+    `tip` is the request's own, a fork of the branch, so that it stays where it is whatever the branch does meanwhile.
     """
 
     def __init__(self, tip: Tip, candidates: Sequence[Sequence[int]]) -> None:
         super().__init__(tip)
         self.candidates = [list(candidate) for candidate in candidates]
         self.siblings: list[tuple[int, Tip]] = []  # (candidate, tip); only for candidates of two tokens or more
-        self.has_base = False  # whether the first token of every candidate has been read
+        self.has_base = False  # whether the first token of every candidate is read, or being read
         self.logprobs = [[0.0] * len(candidate) for candidate in self.candidates]
 
     def demand(self) -> Demand:
@@ -65,15 +83,25 @@ class ScoreRequest(Request):
                 tree.extend(sibling, candidate[:-1])
                 self.siblings.append((index, sibling))
 
-    def close_siblings(self, tree: KVTree) -> None:
-        """Prunes them: nothing of the score stays."""
+    def close(self, tree: KVTree) -> None:
+        """Prunes them and the tip: nothing of the score stays."""
         for _, sibling in self.siblings:
             tree.prune(sibling)
         self.siblings.clear()
+        tree.prune(self.tip)
+
+    @property
+    def is_waiting(self) -> bool:
+        """All it takes is computed, and being read."""
+        return self.num_in_flight > 0 and self._is_computed
 
     @property
     def is_complete(self) -> bool:
         """Whether every token of every candidate has been read."""
+        return self.num_in_flight == 0 and self._is_computed
+
+    @property
+    def _is_computed(self) -> bool:
         return self.has_base and all(tip.node.num_computed >= tip.offset for _, tip in self.siblings)
 
 

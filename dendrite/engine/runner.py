@@ -28,9 +28,15 @@ class Runner(Protocol):
     num_blocks: int
     """Usable K/V blocks, ids 1 to `num_blocks`; the trash block comes on top."""
     block_size: int
+    look_ahead: int
+    """How many steps may be in flight while the next one is launched: 0 where `run` computes, 1 where it only launches
+    work on a device, which does everything it is given in that order."""
 
-    def run(self, batch: Batch) -> Tensor:
-        """Compute a step; the final hidden states of its output rows, [num_outputs, hidden_size]."""
+    def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
+        """Compute a step; the final hidden states of its output rows, [num_outputs, hidden_size].
+
+        A negative token id `-1 - i` stands for `drawn[i]`, a token that the step before drew and nobody has read yet.
+        """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over hidden states [n, hidden_size]: [n, vocab_size]."""
@@ -41,6 +47,8 @@ class Runner(Protocol):
 
 class TorchRunner:
     """Runs Transformers' modules over the pool, tokens packed as one row `[1, num_rows]`."""
+
+    look_ahead = 0
 
     def __init__(
         self,
@@ -69,8 +77,12 @@ class TorchRunner:
         self._decoder: nn.Module = model.get_decoder()
         self._head = _head_of(model, self._decoder)
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Copy blocks, run the layers, keep the rows' K/V.
+
+        Args:
+            batch: the step.
+            drawn: [num_drawn] int64, what negative token ids stand for; see `Runner.run`.
 
         Returns:
             [num_outputs, hidden_size], after the final norm, in the order of `batch.output_rows`.
@@ -83,7 +95,7 @@ class TorchRunner:
             self._backend.prepare(batch.plan)
             step = AttentionStep(self._backend, self._tensor(batch.slots))
             output = self._decoder(
-                input_ids=self._tensor(batch.token_ids).unsqueeze(0),
+                input_ids=known_tokens(self._tensor(batch.token_ids), drawn).unsqueeze(0),
                 position_ids=self._tensor(batch.positions).unsqueeze(0),
                 use_cache=False,
                 **{STEP_KEYWORD: step},
@@ -111,6 +123,13 @@ class TorchRunner:
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+def known_tokens(token_ids: Tensor, drawn: Tensor | None) -> Tensor:
+    """Token ids [num_rows] with `drawn[-1 - id]` in the place of negative ones."""
+    if drawn is None:
+        return token_ids
+    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Sampler:
             torch.softmax(shifted.div_(temperatures.masked_fill(greedy, 1)[:, None]), -1, out=weights)
         if any(row.filtered for row in rows):
             weights = keep_likely(weights, [row.params if row.filtered else _KEEP_ALL for row in rows], work)
-        tokens = draw(weights, uniforms([row.key for row in rows], [row.position for row in rows], logits.device))
+        tokens = draw(weights, uniforms([row.key for row in rows], [row.draw_position for row in rows], logits.device))
         return tokens if best is None else torch.where(greedy, best, tokens)
 
 

@@ -56,6 +56,8 @@ class SampleRow:
     """Token ids and what is added to their logits."""
     ends: NDArray[np.int64]
     """Token ids that end the text, forbidden until `min_tokens` are made."""
+    num_ahead: int = 0
+    """Tokens before `position` + this that are drawn but not known yet: 1 while the engine looks ahead."""
 
     @classmethod
     def start(
@@ -101,6 +103,16 @@ class SampleRow:
     def edited(self) -> bool:
         """Whether the model's logits are changed before a token is chosen."""
         return self.seen is not None or self.bias is not None or self.may_not_end
+
+    @property
+    def draw_position(self) -> int:
+        """Absolute position of the token to draw in the step that is launched now."""
+        return self.position + self.num_ahead
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the draw needs nothing of the host: not the tokens before it, nor logits that only the host edits."""
+        return not self.edited and not self.params.top_logprobs
 
     @property
     def filtered(self) -> bool:

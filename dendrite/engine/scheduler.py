@@ -104,7 +104,7 @@ class Scheduler:
         assert group is not None
         group.num_open -= 1
         if isinstance(request, ScoreRequest):
-            request.close_siblings(self._tree)
+            request.close(self._tree)
         elif request.tip.status != "pruned":
             request.tip.status = next_status(request.tip.status, "finish")
         if group.is_admitted:
@@ -123,25 +123,29 @@ class Scheduler:
         """
         failed = self._admit()
         builder = _StepBuilder(self._tree)
-        decoding = [request for request in self.running if _is_decoding(request)]
+        ready = [request for request in self.running if not request.is_waiting]
+        decoding = [request for request in ready if _is_decoding(request)]
         for request in decoding[:MAX_DECODE_ROWS]:
             builder.add_request(request, budget=1)
         if len(decoding) > MAX_DECODE_ROWS:  # take turns
             late = set(map(id, decoding[:MAX_DECODE_ROWS]))
             self.running.sort(key=lambda request: (-request.priority, id(request) in late))
         budget = max(1, self._prefill_chunk // DECODE_SHARE) if decoding else self._prefill_chunk
-        for request in self.running:
+        for request in ready:
             if budget <= 0:
                 break
             if not _is_decoding(request):
                 budget -= builder.add_request(request, budget=budget)
         step = builder.build()
         step.failed += failed
-        assert step.batch or step.reads or step.failed or not self.running, "nothing can be done for what runs"
+        assert step.batch or step.reads or step.failed or not ready, "nothing can be done for what runs"
         return step
 
     def commit(self, step: Step, hidden: object) -> None:
-        """Marks what the step computed, unless it was rolled back meanwhile, and keeps each run's last hidden row."""
+        """Marks what the step computed, unless it was rolled back meanwhile, and keeps each run's last hidden row.
+
+        On a device that runs launches in order, a step counts as computed once it is launched.
+        """
         for run, epoch, output in step.runs:
             node = run.node
             if node.epoch != epoch:

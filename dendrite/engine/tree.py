@@ -55,6 +55,8 @@ class KVTree:
 
     def fork(self, tip: Tip, *, at: int | None = None) -> Tip:
         """Another tip at the same place, or after the first `at` tokens of the path: O(1), or a walk up to `at`."""
+        if tip.num_ahead:
+            at = min(at or tip.num_known, tip.num_known)
         if at is None:
             return self._attach_tip(tip.node, tip.offset)
         return self._attach_tip(*self._locate(tip, at))
@@ -76,6 +78,7 @@ class KVTree:
         """Rolls the tip back to its first `length` tokens (at least one)."""
         if length == tip.length:
             return
+        tip.num_ahead = 0
         node, offset = self._locate(tip, length)
         if node.writer is tip:
             tip.offset = offset
@@ -86,6 +89,24 @@ class KVTree:
         tip.node, tip.offset = node, offset
         self._let_go(tip, old_node, old_offset)
 
+    def look_ahead(self, tip: Tip, draw: int) -> None:
+        """Appends the token that is being drawn: draw number `draw` of the step in flight.
+
+        Its K/V can be placed and computed before it is known: the runner takes negative ids `-1 - draw` from what the
+        step before it drew. `settle` or `drop_ahead` follows before the step after.
+        """
+        self.extend(tip, [-1 - draw])
+        tip.num_ahead = 1
+
+    def settle(self, tip: Tip, token_id: int) -> None:
+        """The token that was looked ahead is `token_id`."""
+        tip.node.token_ids[tip.offset - 1] = token_id
+        tip.num_ahead = 0
+
+    def drop_ahead(self, tip: Tip) -> None:
+        """The token that was looked ahead does not count, if there is one. Its slot may be written; nobody reads it."""
+        self.truncate(tip, tip.num_known)
+
     def prune(self, tip: Tip) -> None:
         """Lets the tip go; what nobody else reaches is free when this returns."""
         self.tips.remove(tip)
@@ -94,10 +115,10 @@ class KVTree:
     # --- reading -----------------------------------------------------------------------------------------------
 
     def token_ids(self, tip: Tip, *, start: int = 0) -> list[int]:
-        """The path's tokens from absolute position `start` on."""
+        """The path's known tokens from absolute position `start` on."""
         pieces: list[list[int]] = []
         node: KVNode | None = tip.node
-        offset = tip.offset
+        offset = tip.offset - tip.num_ahead
         while node is not None and node.start + offset > start:
             pieces.append(node.token_ids[max(0, start - node.start) : offset])
             offset, node = node.offset, node.parent

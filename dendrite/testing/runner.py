@@ -28,6 +28,8 @@ _NOTHING = -1
 class ScriptedRunner:
     """`dendrite.engine.runner.Runner` over a script. Its hidden states are the logits themselves."""
 
+    look_ahead = 0
+
     def __init__(self, script: Script, *, num_blocks: int, block_size: int, context_length: int) -> None:
         self.spec = ModelSpec(
             name="scripted",
@@ -47,7 +49,7 @@ class ScriptedRunner:
         self._tokens = [_NOTHING] * num_slots
         self._positions = [_NOTHING] * num_slots
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Copy blocks, keep the rows' tokens, and read the output rows' paths.
 
         Returns:
@@ -56,9 +58,10 @@ class ScriptedRunner:
         for source, destination in batch.copies:
             for slots in (self._tokens, self._positions):
                 slots[self._block(destination)] = slots[self._block(source)]
-        for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
+        tokens = [token if token >= 0 or drawn is None else int(drawn[-1 - token]) for token in batch.token_ids]
+        for token, position, slot in zip(tokens, batch.positions, batch.slots, strict=True):
             self._tokens[slot], self._positions[slot] = token, position
-        rows = [next_logits(self._script, self._path(batch, row)) for row in batch.output_rows]
+        rows = [next_logits(self._script, self._path(batch, row, tokens[row])) for row in batch.output_rows]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -71,14 +74,14 @@ class ScriptedRunner:
     def _block(self, block: int) -> slice:
         return slice(block * self.block_size, (block + 1) * self.block_size)
 
-    def _path(self, batch: Batch, row: int) -> list[int]:
+    def _path(self, batch: Batch, row: int, token: int) -> list[int]:
         """The token ids that a row attends to, which must be its whole path, each position once."""
         slots = [slot for segment in batch.plan.segments for slot in _slots_read(segment, row)]
         by_position = {self._positions[slot]: self._tokens[slot] for slot in slots}
         num = batch.positions[row] + 1
         seen = sorted(self._positions[slot] for slot in slots)
         assert seen == list(range(num)), f"row {row} at position {num - 1} reads positions {seen}"
-        assert by_position[num - 1] == batch.token_ids[row], f"row {row} does not read its own token"
+        assert by_position[num - 1] == token, f"row {row} does not read its own token"
         return [by_position[position] for position in range(num)]
 
 

@@ -45,6 +45,8 @@ class Setup:
 class Recorder:
     """A runner that keeps the logits it gives while asked to."""
 
+    look_ahead = 0  # so that the host draws, from the logits that are kept here
+
     def __init__(self, runner: Runner) -> None:
         self.spec = runner.spec
         self.num_blocks = runner.num_blocks
@@ -52,9 +54,9 @@ class Recorder:
         self.rows: list[Tensor] | None = None
         self._runner = runner
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Compute a step."""
-        return self._runner.run(batch)
+        return self._runner.run(batch, drawn)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over hidden states, kept if someone records."""

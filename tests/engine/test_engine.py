@@ -21,6 +21,7 @@ from dendrite.engine.errors import (
     RequestError,
 )
 from dendrite.testing import scripted_engine
+from dendrite.testing.runner import ScriptedRunner
 
 
 def reply(text: str) -> str | list[str]:
@@ -30,6 +31,12 @@ def reply(text: str) -> str | list[str]:
     if text[-1:].isdigit():
         return str((int(text[-1]) + 1) % 10) * 30
     return " so it is.\nAnd more."
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["in step", "looking ahead"])
+def _look_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs twice: as on the CPU, and with a step in flight while the next one is launched."""
+    monkeypatch.setattr(ScriptedRunner, "look_ahead", request.param)
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_a_score_reads_every_candidate_in_one_pass_and_leaves_nothing() -> None:
     """Three candidates of 1, 2 and 3 tokens: 0 + 1 + 2 sibling rows, 1 + 2 + 3 reads, no block afterwards."""
     tree, scheduler = make()
     root, _ = tree.new_root([1, 2, 3, 4])
-    request = ScoreRequest(root, [[5], [6, 7], [8, 9, 10]])
+    request = ScoreRequest(tree.fork(root), [[5], [6, 7], [8, 9, 10]])
     scheduler.submit(Group([request]))
     found = step(scheduler)
     assert found.num_rows == 4 + 0 + 1 + 2

@@ -14,6 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import OutOfBlocks
+from dendrite.engine.runner import TorchRunner
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["in step", "looking ahead"])
+def _look_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs twice: as on the CPU, and with a step in flight while the next one is launched."""
+    monkeypatch.setattr(TorchRunner, "look_ahead", request.param)
 
 
 def next_logits(reference: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
