@@ -66,8 +66,16 @@ class AttentionStep:
         Returns:
             [num_rows, num_heads, head_dim].
         """
-        self.layers_run.append(layer)
         self.backend.pool.write(layer, self.slots, kv)
+        return self.attend_kept(layer, query, scale)
+
+    def kept(self, layer: int) -> Tensor:
+        """Where a layer that keeps its own K/V writes it, at `slots`: [2, num_kv_heads, num_slots, head_dim]."""
+        return self.backend.pool.layers[layer]
+
+    def attend_kept(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attend, for a layer that has written its rows' K/V to `kept(layer)`; otherwise as `attend`."""
+        self.layers_run.append(layer)
         return self.backend.run(layer, query, scale)
 
     def check_complete(self, num_layers: int) -> None:

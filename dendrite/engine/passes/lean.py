@@ -6,7 +6,7 @@ and gives the interpreter's lock away once. Per layer, attention aside, these ar
     norm   qkv   (head norms)   roll, mul, addcmul (rope)   attend   out + residual
     norm   gate|up   silu, mul   down + residual
 
-A family is recognised by the exact types of its modules: one that inherits a layer and changes it is left alone.
+`families` says which models these are.
 """
 
 from __future__ import annotations
@@ -17,64 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from dendrite.engine.attention.base import AttentionStep
+from dendrite.engine.passes.families import is_recognised, replace_layers
 from dendrite.engine.passes.linear import merged, pack
 
 
 def make_lean(model: PreTrainedModel) -> None:
     """Replace the layers of a recognised decoder, all or none, freeing each layer's weights as it goes."""
     decoder = model.get_decoder()
-    if not _is_recognised(decoder):
+    if not is_recognised(decoder):
         return
     decoder.rotary_emb = _LeanRotary(decoder.rotary_emb)
     decoder.norm = _LeanNorm(decoder.norm)
-    for index, layer in enumerate(_layers(decoder)):
-        decoder.layers[index] = _LeanLayer(layer)
-
-
-_MODULES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
-    mistral.MistralModel: (
-        mistral.MistralDecoderLayer,
-        mistral.MistralAttention,
-        mistral.MistralMLP,
-        mistral.MistralRMSNorm,
-    ),
-    qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
-    qwen3.Qwen3Model: (qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
-}
-"""Each family's decoder, and the types of its layer, attention, MLP and norms."""
-
-
-def _is_recognised(decoder: llama.LlamaModel) -> bool:
-    types = _MODULES.get(type(decoder))
-    if types is None or type(decoder.norm) is not types[3]:
-        return False
-    return all(_is_plain(layer, types) for layer in _layers(decoder))
-
-
-def _layers(decoder: llama.LlamaModel) -> list[llama.LlamaDecoderLayer]:
-    """The layers; the families are copies of Llama's code, so its types stand for all of them."""
-    return cast("list[llama.LlamaDecoderLayer]", list(decoder.layers))
-
-
-def _is_plain(layer: llama.LlamaDecoderLayer, types: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the layer is made of the family's own modules and asks for nothing that the lean forward leaves out."""
-    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm)
-    if tuple(map(type, parts)) != types or type(layer.post_attention_layernorm) is not types[3]:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    is_silu = isinstance(mlp.act_fn, SiLUActivation | nn.SiLU)
-    return is_silu and window is None and all(type(linear) is nn.Linear for linear in linears)
+    replace_layers(decoder, _LeanLayer)
 
 
 class _LeanNorm(nn.Module):

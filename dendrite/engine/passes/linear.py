@@ -123,11 +123,12 @@ def pack(weight: Tensor, bias: Tensor | None) -> FastLinear:
 def merged(linears: Sequence[nn.Linear]) -> FastLinear:
     """One layer that computes several over the same input: their outputs side by side."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = _biases(linears)
+    biases = biases_of(linears)
     return pack(weight, torch.cat(biases) if biases else None)
 
 
-def _biases(linears: Sequence[nn.Linear]) -> list[Tensor]:
+def biases_of(linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """The biases of layers that are to merge, none if they have none."""
     biases: list[Tensor | None] = [linear.bias for linear in linears]
     present = [bias for bias in biases if bias is not None]
     assert len(present) in (0, len(linears)), "layers to merge have a bias each or none"

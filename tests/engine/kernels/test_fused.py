@@ -1,0 +1,71 @@
+"""The fused forward computes what Transformers' own modules do, and nothing is kept twice."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from dendrite.engine.attention.interface import ATTENTION_NAME, register_attention
+from dendrite.engine.attention.reference import ReferenceAttention
+from dendrite.engine.runner import TorchRunner
+from tests.engine.packed_tree import PackedTree, plain, spec_of
+from tests.models_zoo import EXACT, LLAMA3_ROPE, tiny_config, tiny_model
+
+FUSED: dict[str, dict[str, object]] = {
+    "llama": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "head_dim": 12},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": {"head_dim": 16},
+}
+"""Small enough for an interpreter; between them, biases, head norms, tied weights, odd widths and scaled rope."""
+
+
+def fused(model: PreTrainedModel) -> bool:
+    """Apply the pass; whether it took the model."""
+    from dendrite.engine.passes.fused import make_fused
+
+    kind = type(model.get_decoder().layers[0])
+    make_fused(model)
+    return type(model.get_decoder().layers[0]) is not kind
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_model_runs_a_tree_as_transformers_runs_its_paths(family: str, device: torch.device) -> None:
+    """Random trees in random chunks: every path's hidden states are those of a plain forward."""
+    register_attention()
+    config = tiny_config(family, num_hidden_layers=2, **FUSED[family])
+    reference = tiny_model(copy.deepcopy(config))
+    model = tiny_model(config).to(device=device)  # type: ignore[call-arg]
+    spec = spec_of(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    assert fused(model)
+    runner = TorchRunner(model, spec, kv_memory=1601 * spec.bytes_per_token, block_size=4, attention=ReferenceAttention)
+    tree = PackedTree(runner, random.Random(family), depth=1)
+    tree.run(23)
+    for tokens, hidden in tree.paths():
+        expected, logits = plain(reference, tokens)
+        torch.testing.assert_close(hidden.cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(runner.logits(hidden).cpu(), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:
+    """Of the layers' parameters none is left: their weights live in the merged ones alone."""
+    model = tiny_model(EXACT["qwen3"]()).to(device=device)  # type: ignore[call-arg]
+    assert fused(model)
+    assert [name for name, _ in model.named_parameters()] == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("change", ["activation", "window", "subclass", "family"])
+def test_unknown_structure_is_left_alone(change: str, device: torch.device) -> None:
+    """Layers that differ in anything the fused forward does not know keep their own forward."""
+    changes: dict[str, dict[str, object]] = {"activation": {"hidden_act": "gelu"}, "window": {"sliding_window": 8}}
+    config = tiny_config("mistral", **{"sliding_window": None, **changes.get(change, {})})
+    model = tiny_model(EXACT["gemma"]() if change == "family" else config).to(device=device)  # type: ignore[call-arg]
+    if change == "subclass":
+        layer = model.get_decoder().layers[1]
+        layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {})
+    assert not fused(model)
