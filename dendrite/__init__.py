@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 
+from dendrite.engine import openmp as _openmp  # noqa: F401 - has to come before anybody imports torch
+
 # `__init__.pyi` holds the same names for editors and type checkers; a test keeps the two alike.
 _ROOMS = {
     "dendrite.dsl.choice": ("Choice",),

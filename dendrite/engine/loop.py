@@ -34,6 +34,7 @@ from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
 from dendrite.engine.nodes import Tip
+from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.sampling_row import Sampled
@@ -68,6 +69,7 @@ class StepLoop:
             OutOfBlocks, EngineClosed, EngineDead: nothing was changed.
         """
         group = Group(requests, priority=priority)
+        dismiss_team()  # the caller may have computed something of its own before it waits here
         with self._wake:
             self.check_open()
             self.release_collected()

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
+from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.passes.lean import make_lean
 from dendrite.engine.passes.linear import can_pack, pack
 
@@ -34,3 +35,4 @@ def _pack_linears(model: PreTrainedModel) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight):
                 setattr(module, name, pack(child.weight, child.bias))
+    dismiss_team()  # of the thread that loads: the steps' own would be one team too many
