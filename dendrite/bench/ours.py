@@ -9,7 +9,8 @@ from dendrite.engine.engine import Engine
 
 
 def run_tree(engine: Engine, task: TreeTask) -> TreeTimes:
-    """One repetition; nothing of it is left in the engine."""
+    """One repetition; nothing of the one before is found in the engine."""
+    engine.clear_cache()
     began = time.perf_counter()
     with engine.root(token_ids=task.prompt, seed=task.seed) as root:
         with root.fork() as probe:

@@ -66,7 +66,7 @@ class Core:
         with self._lock:
             self.loop.check_open()
             self.loop.release_collected()
-            tip, num_shared = self._tree.new_root(tokens)
+            tip, num_shared = self._tree.new_root(tokens, most_revived=self.loop.scheduler.num_spare)
             try:
                 self._check_blocks(tip)
             except OutOfBlocks:
@@ -182,6 +182,12 @@ class Core:
             self.loop.release_collected()
             return self._tree.pool.num_used
 
+    def clear_cache(self) -> None:
+        """Frees what nobody holds."""
+        with self._lock:
+            self.loop.release_collected()
+            self._tree.clear_cache()
+
     def check_integrity(self) -> None:
         """Asserts every invariant of tree and pool."""
         with self._lock:
@@ -288,5 +294,5 @@ class Core:
     def _check_blocks(self, tip: Tip, num_more: int = 0) -> None:
         pool = self._tree.pool
         needed = demand(pool, [(tip, max(0, num_more), False)])
-        if needed > pool.num_free:
-            raise OutOfBlocks(needed, pool.num_free, prunable(pool, [tip]))
+        if needed > pool.num_available:
+            raise OutOfBlocks(needed, pool.num_available, prunable(pool, [tip]))

@@ -42,10 +42,18 @@ class KVNode:
         self.attached: dict[int, int] = {}  # offset -> how many tips and child nodes are attached there
         self.writer: Tip | None = None
         self.children: dict[NodeId, KVNode] = {}
-        self.hidden: tuple[int, HiddenRow] | None = None  # (offset, final hidden row after the token before it)
+        self.hidden: dict[
+            int, HiddenRow
+        ] = {}  # offset -> final hidden row after the token before it; see `keep_hidden`
         self.spans: list[tuple[int, int, int]] | None = None  # cache of `KVTree.spans`
         self.epoch = 0  # counts roll-backs, so that a step in flight knows its tokens are gone
         self.is_live = True
+
+    def keep_hidden(self, offset: int, row: HiddenRow) -> None:
+        """Keeps the first row, where a prompt ended and others begin, and the latest, where the writer goes on."""
+        while len(self.hidden) > 1:
+            self.hidden.popitem()
+        self.hidden[offset] = row
 
     @property
     def ref_count(self) -> int:

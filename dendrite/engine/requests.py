@@ -86,7 +86,7 @@ class ScoreRequest(Request):
     def close(self, tree: KVTree) -> None:
         """Prunes them and the tip: nothing of the score stays."""
         for _, sibling in self.siblings:
-            tree.prune(sibling)
+            tree.prune(sibling, keep=False)
         self.siblings.clear()
         tree.prune(self.tip)
 

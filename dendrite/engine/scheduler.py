@@ -5,7 +5,7 @@ Where not all can run, calls of higher priority go first, and equal ones in the 
     submitted groups ──► queue ──► running ──► one `Step`: runs of tokens (rows), and who reads which hidden row
 
 Admission is the only truth about memory: a group enters when the blocks it may take at worst, together with those of
-all that runs, are free. So whatever runs can finish, and what can never fit is refused at once.
+all that runs, are available. So whatever runs can finish, and what can never fit is refused at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.nodes import HiddenRow, KVNode, Tip
 from dendrite.engine.plan import Run, plan_runs
-from dendrite.engine.requests import GenerateRequest, Group, Request, ScoreRequest
+from dendrite.engine.requests import Demand, GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
 from dendrite.engine.tree import KVTree
 
@@ -80,7 +80,7 @@ class Scheduler:
         """
         needed = demand(self._tree.pool, group.demand())
         pool = self._tree.pool
-        if needed > pool.num_total or (needed > pool.num_free and not self.has_work):
+        if needed > pool.num_total or (needed > pool.num_available and not self.has_work):
             raise self._refusal(needed, group)
         for request in group.requests:
             if isinstance(request, GenerateRequest):
@@ -89,6 +89,11 @@ class Scheduler:
         while place and self._queue[place - 1].priority < group.priority:
             place -= 1
         self._queue.insert(place, group)
+
+    @property
+    def num_spare(self) -> int:
+        """Available blocks that nothing running may still take."""
+        return self._tree.pool.num_available - demand(self._tree.pool, self._running_demand())
 
     def open_groups(self) -> list[Group]:
         """Everything queued or running, once each."""
@@ -152,16 +157,15 @@ class Scheduler:
                 continue
             if run.is_kept:
                 node.num_computed = run.end
-            if output is not None and (run.is_kept or node.hidden is None):
-                node.hidden = (run.end, (hidden, output))
+            if output is not None and (run.is_kept or not node.hidden):
+                node.keep_hidden(run.end, (hidden, output))
 
     def _admit(self) -> list[tuple[Request, OutOfBlocks]]:
         failed: list[tuple[Request, OutOfBlocks]] = []
         while self._queue:
             group = self._queue[0]
-            entries = [entry for request in self.running for entry in request.demand()]
-            needed = demand(self._tree.pool, entries + group.demand())
-            if needed > self._tree.pool.num_free:
+            needed = demand(self._tree.pool, self._running_demand() + group.demand())
+            if needed > self._tree.pool.num_available:
                 if self.running:
                     break
                 failed.extend((request, self._refusal(needed, group)) for request in group.requests)
@@ -170,6 +174,9 @@ class Scheduler:
             for request in group.requests:
                 self._start(request)
         return failed
+
+    def _running_demand(self) -> Demand:
+        return [entry for request in self.running for entry in request.demand()]
 
     def _start(self, request: Request) -> None:
         insort(self.running, request, key=lambda other: -other.priority)  # after those of equal priority
@@ -180,7 +187,7 @@ class Scheduler:
 
     def _refusal(self, needed: int, group: Group) -> OutOfBlocks:
         busy = [request.tip for request in (*self.running, *group.requests)]
-        return OutOfBlocks(needed, self._tree.pool.num_free, prunable(self._tree.pool, busy))
+        return OutOfBlocks(needed, self._tree.pool.num_available, prunable(self._tree.pool, busy))
 
 
 def _is_decoding(request: Request) -> bool:
@@ -276,9 +283,8 @@ class _StepBuilder:
         pending = self._tree.pending(tip)
         node, offset = tip.node, tip.offset
         if not pending:
-            if node.hidden is not None and node.hidden[0] == offset:
-                return node.hidden[1]
-            return self._query(node, offset)
+            kept = node.hidden.get(offset)
+            return kept if kept is not None else self._query(node, offset)
         run: Run | None = None
         for node, upto in pending:
             run = self._extend_run(node, upto, budget)

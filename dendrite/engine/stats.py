@@ -41,7 +41,11 @@ class Stats:
 
     blocks_total: int
     blocks_used: int
+    """Blocks that live branches hold; 0 when everything is pruned."""
+    blocks_cached: int
+    """Blocks of prefixes that no branch holds any more. They are as good as free: whoever needs one gets it at once."""
     blocks_free: int
+    """Blocks with nothing in them: free + cached + used = total."""
     blocks_peak: int
     """The most blocks in use after any step."""
     block_bytes: int
@@ -68,7 +72,13 @@ class Stats:
     """Rows that as many separate requests, each with its whole prompt, would have put through it."""
     tokens_sampled: int
     tokens_shared: int
-    """Prompt tokens of roots that were live already and so were not computed again."""
+    """Prompt tokens of roots that were live or cached already and so were not computed again."""
+    cache_hits: int
+    """Roots that began on a cached prefix."""
+    cache_hit_tokens: int
+    """Tokens of those prefixes."""
+    cache_evictions: int
+    """Cached runs of tokens that were given up because somebody needed their blocks."""
     busy_seconds: float
     """Time spent in steps."""
 
@@ -81,19 +91,21 @@ class Stats:
 def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
     """The picture of this moment; the engine's lock is held."""
     pool = tree.pool
+    nodes = [node for node in tree.nodes.values() if node not in tree.cache]
     held = [(tip.depth, tip.length) for tip in tree.tips if tip.depth is not None]
     return Stats(
         blocks_total=pool.num_total,
         blocks_used=pool.num_used,
+        blocks_cached=pool.num_cached,
         blocks_free=pool.num_free,
         blocks_peak=counters.peak_blocks,
         block_bytes=bytes_per_token * pool.block_size,
         branches=len(held),
-        nodes=len(tree.nodes),
+        nodes=len(nodes),
         logical_tokens=sum(length for _, length in held),
-        physical_tokens=sum(node.num_placed for node in tree.nodes.values()),
+        physical_tokens=sum(node.num_placed for node in nodes),
         depth_histogram=dict(sorted(Counter(depth for depth, _ in held).items())),
-        ref_counts=dict(sorted(Counter(node.ref_count for node in tree.nodes.values()).items())),
+        ref_counts=dict(sorted(Counter(node.ref_count for node in nodes).items())),
         copy_on_writes=tree.num_copies,
         forks=counters.num_forks,
         steps=counters.num_steps,
@@ -101,5 +113,8 @@ def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
         tokens_logical=counters.num_logical,
         tokens_sampled=counters.num_sampled,
         tokens_shared=counters.num_shared,
+        cache_hits=tree.cache.num_hits,
+        cache_hit_tokens=tree.cache.num_hit_tokens,
+        cache_evictions=tree.cache.num_evicted,
         busy_seconds=counters.busy_seconds,
     )

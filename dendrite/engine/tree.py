@@ -6,13 +6,9 @@
 
 `fork` adds a holder at (node, offset) and nothing else. Who writes takes blocks: the first writer at a block's fill
 point goes on in place, any other copies that one block. What nobody can reach any more is released at once: beyond
-the largest live offset of a node, and the whole node when nothing is attached to it.
-
-Who owns what:
-- a `KVNode` owns one reference on each of its blocks; a block has two owners only if a child went on in place.
-- a `Tip` holds its node: as its writer (it may append), or attached at an offset (it reads what lies before).
-- a child node holds its parent: attached at the child's offset.
-Ownership moves in two places: `extend` turns a tip's hold into its new node's hold, `_collect` gives everything back.
+the largest live offset of a node, and the whole node when nothing is attached to it. "Released" means that whoever asks
+for blocks gets them; until then what was computed stays cached, and a new root may begin on it (`node_store.py`, which
+also says who owns what).
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ from collections.abc import Sequence
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import BlockId, NodeId
+from dendrite.engine.node_store import NodeStore, live_length
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.prefixes import longest_match
 
@@ -32,23 +29,33 @@ class KVTree:
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.tips: set[Tip] = set()
-        self.nodes: dict[NodeId, KVNode] = {}
         self.num_copies = 0
-        self._roots: dict[int, list[KVNode]] = {}  # first token -> root nodes
-        self._next_id = 0
+        self._store = NodeStore(pool)
+        self.cache = self._store.cache
+
+    @property
+    def nodes(self) -> dict[NodeId, KVNode]:
+        """All nodes, held and cached."""
+        return self._store.nodes
 
     # --- the mutations users see -------------------------------------------------------------------------------
 
-    def new_root(self, token_ids: Sequence[int]) -> tuple[Tip, int]:
-        """A tip after `token_ids`, sharing the longest live prefix of a block or more; and how much was shared."""
-        node, offset = longest_match(self._roots.get(token_ids[0], []), token_ids, at_least=self.pool.block_size)
+    def new_root(self, token_ids: Sequence[int], *, most_revived: int | None = None) -> tuple[Tip, int]:
+        """A tip after `token_ids`, sharing the longest prefix that is there, of a block or more; and how much.
+
+        At most `most_revived` cached blocks become used by it; None is no limit.
+        """
+        node, offset = longest_match(self._store.roots(token_ids[0]), token_ids, at_least=self.pool.block_size)
+        while node is not None and most_revived is not None and self.cache.num_blocks_of(node) > most_revived:
+            offset, node = node.offset, node.parent
         if node is None:
-            tip = self._new_node(None, 0)
-            self._roots.setdefault(token_ids[0], []).append(tip.node)
+            tip = self._writing_tip(self._store.new_root(token_ids[0]))
             shared = 0
         else:
             tip = self._attach_tip(node, offset)
             shared = tip.length
+            if saved := self._store.revive(node):
+                self.cache.count_hit(saved)
         if shared < len(token_ids):
             self.extend(tip, token_ids[shared:])
         return tip, shared
@@ -68,7 +75,7 @@ class KVTree:
         if not (at_end and node.writer is tip):
             if at_end and node.writer is None:
                 node.writer = tip
-                self._detach(node, tip.offset)
+                self._store.detach(node, tip.offset)
             else:
                 node = self._branch_off(tip)
         node.token_ids.extend(token_ids)
@@ -82,12 +89,13 @@ class KVTree:
         node, offset = self._locate(tip, length)
         if node.writer is tip:
             tip.offset = offset
-            self._trim(node)
+            self._store.cut(node, live_length(node))
             return
+        self._unwrite(tip)
         old_node, old_offset = tip.node, tip.offset
-        self._attach(node, offset)
+        self._store.attach(node, offset)
         tip.node, tip.offset = node, offset
-        self._let_go(tip, old_node, old_offset)
+        self._store.let_go(tip, old_node, old_offset)
 
     def look_ahead(self, tip: Tip, draw: int) -> None:
         """Appends the token that is being drawn: draw number `draw` of the step in flight.
@@ -107,10 +115,19 @@ class KVTree:
         """The token that was looked ahead does not count, if there is one. Its slot may be written; nobody reads it."""
         self.truncate(tip, tip.num_known)
 
-    def prune(self, tip: Tip) -> None:
-        """Lets the tip go; what nobody else reaches is free when this returns."""
+    def prune(self, tip: Tip, *, keep: bool = True) -> None:
+        """Lets the tip go; others may have the blocks that nobody else reaches when this returns.
+
+        Unless `keep` is set, what the tip wrote does not even stay cached.
+        """
         self.tips.remove(tip)
-        self._let_go(tip, tip.node, tip.offset)
+        if not keep:
+            self._unwrite(tip)
+        self._store.let_go(tip, tip.node, tip.offset)
+
+    def clear_cache(self) -> None:
+        """Frees everything that nobody holds."""
+        self._store.clear_cache()
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -172,8 +189,12 @@ class KVTree:
         tail = self._tail_block(node, begin)
         in_place = tail is None or self._may_continue(node, tail, begin % size)
         num_new = -(-end // size) - (-(-begin // size) if in_place else begin // size)
-        if num_new > self.pool.num_free:
-            raise OutOfBlocks(num_new, self.pool.num_free, 0)
+        if num_new > self.pool.num_available:
+            raise OutOfBlocks(num_new, self.pool.num_available, 0)
+        if in_place and tail is not None and node.blocks:
+            self._store.make_sole(node, tail)
+        self._store.make_room(num_new)
+        num_before = len(node.blocks)
         behind = node.blocks[-1] if node.blocks else (tail if in_place else None)
         taken = self.pool.allocate(num_new, after=behind)
         copies = self._settle_tail(node, tail, taken, in_place=in_place)
@@ -182,7 +203,8 @@ class KVTree:
             self.pool.set_fill(block, size)
         self.pool.set_fill(node.blocks[-1], (end - 1) % size + 1)
         node.num_placed = last
-        node.spans = None if taken or copies or node.spans is None else node.spans
+        if len(node.blocks) > num_before or copies:
+            node.spans = None
         return copies
 
     def needs_copy(self, node: KVNode) -> bool:
@@ -192,112 +214,37 @@ class KVTree:
         return tail is not None and not self._may_continue(node, tail, position % self.pool.block_size)
 
     def check_integrity(self) -> None:
-        """Asserts that every count can be derived again from tips and nodes, and free + used = total."""
-        attached: dict[NodeId, dict[int, int]] = {node_id: {} for node_id in self.nodes}
-        owners: dict[BlockId, int] = {}
-        for tip in self.tips:
-            assert tip.node.is_live, f"a tip holds the freed node {tip.node.node_id}"
-            if tip.node.writer is not tip:
-                _count(attached[tip.node.node_id], tip.offset)
-        for node in self.nodes.values():
-            if node.parent is not None:
-                assert node.parent.children.get(node.node_id) is node, f"node {node.node_id} is no child of its parent"
-                _count(attached[node.parent.node_id], node.offset)
-            for block in node.blocks:
-                owners[block] = owners.get(block, 0) + 1
-        for node in self.nodes.values():
-            self._check_node(node, attached[node.node_id])
-        self.pool.check_integrity(owners)
+        """Asserts that every count can be derived again from tips and nodes, and free + cached + used = total."""
+        self._store.check_integrity(self.tips)
 
     # --- holds -------------------------------------------------------------------------------------------------
 
-    def _new_node(self, parent: KVNode | None, offset: int) -> Tip:
-        self._next_id += 1
-        node = KVNode(NodeId(self._next_id), parent, offset)
-        self.nodes[node.node_id] = node
+    def _writing_tip(self, node: KVNode) -> Tip:
         tip = node.writer = Tip(node, 0)
         self.tips.add(tip)
         return tip
 
+    def _unwrite(self, tip: Tip) -> None:
+        """Nobody will want what the tip wrote onto its node: rolled back, or not even known yet."""
+        if tip.node.writer is tip and not tip.node.attached:
+            tip.node.num_computed = 0
+
     def _branch_off(self, tip: Tip) -> KVNode:
         """A child node for a tip that may not write where it stands; the tip's hold becomes the child's."""
         parent = tip.node
-        self._next_id += 1
-        node = KVNode(NodeId(self._next_id), parent, tip.offset)
-        self.nodes[node.node_id] = parent.children[node.node_id] = node
+        node = self._store.new_node(parent, tip.offset)
         if parent.writer is tip:
             parent.writer = None
-            self._attach(parent, tip.offset)
+            self._store.attach(parent, tip.offset)
         node.writer = tip
         tip.node, tip.offset = node, 0
         return node
 
     def _attach_tip(self, node: KVNode, offset: int) -> Tip:
-        node.attached[offset] = node.attached.get(offset, 0) + 1
+        self._store.attach(node, offset)
         tip = Tip(node, offset)
         self.tips.add(tip)
         return tip
-
-    def _attach(self, node: KVNode, offset: int) -> None:
-        node.attached[offset] = node.attached.get(offset, 0) + 1
-
-    def _detach(self, node: KVNode, offset: int) -> None:
-        left = node.attached[offset] - 1
-        if left:
-            node.attached[offset] = left
-        else:
-            del node.attached[offset]
-
-    def _let_go(self, tip: Tip, node: KVNode, offset: int) -> None:
-        if node.writer is tip:
-            node.writer = None
-        else:
-            self._detach(node, offset)
-        self._collect(node)
-
-    def _collect(self, node: KVNode | None) -> None:
-        """Frees the node if nothing holds it, then its parent, and so on; trims the first that stays."""
-        while node is not None:
-            if node.writer is not None or node.attached:
-                self._trim(node)
-                return
-            parent = node.parent
-            self._free(node)
-            if parent is not None:
-                del parent.children[node.node_id]
-                self._detach(parent, node.offset)
-            node = parent
-
-    def _free(self, node: KVNode) -> None:
-        self.pool.release(node.blocks)
-        if node.parent is None:
-            siblings = self._roots[node.token_ids[0]]
-            siblings.remove(node)
-            if not siblings:
-                del self._roots[node.token_ids[0]]
-        node.blocks, node.hidden, node.is_live = [], None, False
-        node.epoch += 1
-        del self.nodes[node.node_id]
-
-    def _trim(self, node: KVNode) -> None:
-        """Releases what lies beyond the node's largest live offset."""
-        live = max(node.attached, default=0)
-        if node.writer is not None:
-            live = max(live, node.writer.offset)
-        if live >= len(node.token_ids):
-            return
-        del node.token_ids[live:]
-        node.epoch += 1
-        node.num_computed = min(node.num_computed, live)
-        if node.hidden is not None and node.hidden[0] > live:
-            node.hidden = None
-        if live < node.num_placed:
-            node.num_placed = live
-            size = self.pool.block_size
-            keep = -(-(node.start + live) // size) - node.start // size if live else 0
-            self.pool.release(node.blocks[keep:])
-            del node.blocks[keep:]
-            node.spans = None
 
     # --- finding -----------------------------------------------------------------------------------------------
 
@@ -356,22 +303,3 @@ class KVTree:
                 runs.append((begin, begin + size, block * size))
             begin += size
         return runs
-
-    def _check_node(self, node: KVNode, attached: dict[int, int]) -> None:
-        name = f"node {node.node_id}"
-        assert node.is_live, f"{name} was freed"
-        assert node.attached == attached, f"{name}: attached {node.attached}, derived {attached}"
-        assert node.attached or node.writer is not None, f"{name} is held by nobody"
-        assert node.num_computed <= node.num_placed <= len(node.token_ids), f"{name}: counts out of order"
-        live = max(node.attached, default=0)
-        live = max(live, node.writer.offset if node.writer is not None else 0)
-        assert live == len(node.token_ids), f"{name}: {len(node.token_ids)} tokens, {live} reachable"
-        size = self.pool.block_size
-        want = -(-(node.start + node.num_placed) // size) - node.start // size if node.num_placed else 0
-        assert len(node.blocks) == want, f"{name}: {len(node.blocks)} blocks, {want} needed"
-        if node.parent is not None and node.num_placed:
-            assert node.parent.num_placed >= node.offset, f"{name} is placed before its parent"
-
-
-def _count(counts: dict[int, int], key: int) -> None:
-    counts[key] = counts.get(key, 0) + 1

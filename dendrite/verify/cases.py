@@ -34,6 +34,7 @@ def tokenization(engine: Engine, reference: Reference) -> Row:
 def greedy(subject: Subject, expected: Expected) -> Iterator[Row]:
     """A cold prompt: the logits it ends with, then every token and its logits."""
     name = expected.prompt.name
+    subject.engine.clear_cache()
     with subject.engine.root(token_ids=expected.prompt.token_ids) as root:
         tokens, logits = subject.greedy(root, len(expected.token_ids))
     yield judge_prefill("prefill", name, logits[:1], expected)
@@ -130,6 +131,7 @@ def _noise(engine: Engine, expected: Expected) -> Iterator[None]:
 def cache(subject: Subject, expected: Expected, *, num_tokens: int) -> Iterator[Row]:
     """Cold, warm and forked are the same; a counter proves that the warm ones were not computed again."""
     engine, prompt = subject.engine, expected.prompt
+    engine.clear_cache()
     with engine.root(token_ids=prompt.token_ids) as cold:
         tokens, logits = subject.greedy(cold, num_tokens)
         yield judge_tokens("cache", f"{prompt.name}, cold", tokens, expected, logits=logits)
@@ -145,6 +147,13 @@ def cache(subject: Subject, expected: Expected, *, num_tokens: int) -> Iterator[
         with cold.fork(1, at=len(prompt.token_ids))[0] as fork:
             tokens, logits = subject.greedy(fork, num_tokens)
         yield judge_tokens("cache", f"{prompt.name}, forked", tokens, expected, logits=logits)
+    before = engine.stats()
+    with engine.root(token_ids=prompt.token_ids) as revived:
+        tokens, logits = subject.greedy(revived, num_tokens)
+    after = engine.stats()
+    note = f"{after.cache_hit_tokens - before.cache_hit_tokens} tokens from the cache"
+    row = judge_tokens("cache", f"{prompt.name}, cached", tokens, expected, logits=logits, note=note)
+    yield row if after.cache_hits > before.cache_hits else _missed(row, "the cached prefix was not found")
 
 
 def _missed(row: Row, why: str) -> Row:

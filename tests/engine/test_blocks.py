@@ -35,7 +35,7 @@ def test_every_block_can_be_taken_and_given_back() -> None:
     taken = [pool.allocate(1)[0] for _ in range(64)]
     assert sorted(taken) == list(range(1, 65))
     pool.release(taken)
-    pool.check_integrity({})
+    pool.check_integrity({}, {})
     assert pool.allocate(64) == list(range(1, 65))
 
 
@@ -48,6 +48,24 @@ def test_a_shared_block_is_free_after_its_last_release() -> None:
     assert pool.num_free == 1
     pool.release([block])
     assert pool.num_free == 2
+
+
+def test_a_kept_block_is_cached_until_it_is_dropped() -> None:
+    """used, used and kept, cached, used again, cached, free; a cached block is available all the time."""
+    pool = BlockPool(3, 4)
+    (block,) = pool.allocate(1)
+    seen = [(pool.num_used, pool.num_cached, pool.num_free)]
+    for change in (pool.keep, pool.release):
+        change([block])
+        seen.append((pool.num_used, pool.num_cached, pool.num_free))
+    pool.share(block)
+    seen.append((pool.num_used, pool.num_cached, pool.num_free))
+    pool.release([block])
+    pool.check_integrity({}, {block: 1})
+    assert pool.num_available == 2
+    pool.drop([block])
+    assert seen == [(1, 0, 1), (1, 0, 1), (0, 1, 1), (1, 0, 1)]
+    assert (pool.num_used, pool.num_cached, pool.num_free) == (0, 0, 2)
 
 
 @pytest.mark.parametrize("block", [BlockId(0), BlockId(2)])
@@ -70,4 +88,4 @@ def test_random_traffic_keeps_the_free_runs_whole() -> None:
         else:
             after = held[-1][-1] if held and rng.random() < 0.5 else None
             held.append(pool.allocate(rng.randint(1, min(7, pool.num_free)), after=after))
-        pool.check_integrity({block: 1 for blocks in held for block in blocks})
+        pool.check_integrity({block: 1 for blocks in held for block in blocks}, {})

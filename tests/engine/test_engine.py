@@ -238,14 +238,17 @@ def test_pruning_a_running_branch_ends_its_generation(engine: Engine) -> None:
 
 
 def test_pruning_everything_frees_everything(engine: Engine) -> None:
-    """Free = total, and pruning twice is fine."""
+    """Free and cached blocks are all blocks, cached ones are free on request, and pruning twice is fine."""
     root = engine.root("well 1")
     forks = root.fork(8)
     engine.generate(forks, max_tokens=20)
     for branch in (root, *forks, *forks):
         branch.prune()
     stats = engine.stats()
-    assert (stats.blocks_free, stats.branches, stats.nodes) == (stats.blocks_total, 0, 0)
+    assert (stats.blocks_used, stats.branches, stats.nodes) == (0, 0, 0)
+    assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
+    engine.clear_cache()
+    assert engine.stats().blocks_free == stats.blocks_total
 
 
 def test_collected_branches_free_their_blocks(engine: Engine) -> None:
@@ -394,7 +397,7 @@ def test_stats_tell_the_shape_of_the_tree(engine: Engine) -> None:
     deeper = forks[0].fork()
     engine.generate(forks, max_tokens=4)
     stats = engine.stats()
-    assert stats.blocks_used + stats.blocks_free == stats.blocks_total
+    assert stats.blocks_used + stats.blocks_cached + stats.blocks_free == stats.blocks_total
     assert stats.depth_histogram == {0: 1, 1: 4, 2: 1}
     assert stats.branches == 6
     assert stats.logical_tokens > stats.physical_tokens

@@ -76,6 +76,8 @@ def test_random_traffic_agrees_with_a_forward_from_scratch(tiny_folder: Callable
             branch.prune()
         del branch
         engine.check_integrity()
+        assert engine.stats().blocks_used == 0
+        engine.clear_cache()
         assert engine.stats().blocks_free == engine.stats().blocks_total
 
 

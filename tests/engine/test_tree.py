@@ -25,6 +25,17 @@ def compute(tree: KVTree, tip: Tip) -> list[tuple[int, int]]:
     return copies
 
 
+def assert_all_free(tree: KVTree) -> None:
+    """Every block is available, and free once the cache is cleared."""
+    tree.check_integrity()
+    assert tree.pool.num_used == 0
+    assert tree.pool.num_available == tree.pool.num_total
+    tree.clear_cache()
+    tree.check_integrity()
+    assert tree.pool.num_free == tree.pool.num_total
+    assert not tree.nodes
+
+
 def test_a_fork_takes_no_block_and_no_node() -> None:
     """64 forks of a computed parent leave pool and nodes as they were."""
     tree = make_tree()
@@ -88,8 +99,7 @@ def test_pruning_everything_frees_everything(block_size: int) -> None:
     for tip in (forks[0], root, *forks[1:]):
         tree.prune(tip)
         tree.check_integrity()
-    assert tree.pool.num_free == tree.pool.num_total
-    assert not tree.nodes
+    assert_all_free(tree)
 
 
 def test_pruning_a_parent_keeps_what_its_children_read() -> None:
@@ -210,7 +220,7 @@ def test_walks_are_iterative() -> None:
     tree.check_integrity()
     tree.prune(early)
     tree.prune(tips[-1])
-    assert tree.pool.num_free == tree.pool.num_total
+    assert_all_free(tree)
 
 
 def test_spans_join_blocks_that_lie_side_by_side() -> None:

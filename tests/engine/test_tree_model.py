@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from dendrite.engine.blocks import BlockPool
+from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.plan import Run
 from dendrite.engine.requests import GenerateRequest
@@ -26,10 +27,10 @@ class TreeMachine(RuleBasedStateMachine):
 
     branches = Bundle("branches")
 
-    @initialize(block_size=st.sampled_from([1, 2, 3, 4, 8]))
-    def make(self, block_size: int) -> None:
-        self.tree = KVTree(BlockPool(200, block_size))
-        self.memory = [-1] * (201 * block_size)  # slot -> the token whose K/V lies there
+    @initialize(block_size=st.sampled_from([1, 2, 3, 4, 8]), num_blocks=st.sampled_from([24, 60, 200]))
+    def make(self, block_size: int, num_blocks: int) -> None:
+        self.tree = KVTree(BlockPool(num_blocks, block_size))
+        self.memory = [-1] * ((num_blocks + 1) * block_size)  # slot -> the token whose K/V lies there
         self.model: dict[Tip, list[int]] = {}
 
     @rule(target=branches, tokens=st.lists(TOKENS, min_size=1, max_size=20))
@@ -38,6 +39,24 @@ class TreeMachine(RuleBasedStateMachine):
         assert shared <= len(tokens)
         self.model[tip] = list(tokens)
         return tip
+
+    @precondition(lambda self: self.tree.nodes)
+    @rule(target=branches, data=st.data(), tokens=st.lists(TOKENS, max_size=4), most=st.none() | st.integers(0, 3))
+    def root_on_a_known_path(self, data: st.DataObject, tokens: list[int], most: int | None) -> Tip:
+        """A prompt that begins like a node that is held or cached; not more cached blocks are used than allowed."""
+        node = data.draw(st.sampled_from(sorted(self.tree.nodes.values(), key=lambda node: node.node_id)))
+        path = self.tree.token_ids(Tip(node, data.draw(st.integers(1, len(node.token_ids))))) + tokens
+        used, hits = self.tree.pool.num_used, self.tree.cache.num_hits
+        tip, shared = self.tree.new_root(path, most_revived=most)
+        assert most is None or self.tree.pool.num_used <= used + most
+        assert (self.tree.cache.num_hits > hits) <= (shared > 0)
+        self.model[tip] = list(path)
+        return tip
+
+    @rule()
+    def clear_cache(self) -> None:
+        self.tree.clear_cache()
+        assert self.tree.pool.num_cached == 0
 
     @rule(target=branches, tip=branches, data=st.data())
     def fork(self, tip: Tip, data: st.DataObject) -> Tip:
@@ -59,21 +78,23 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.truncate(tip, length)
         del self.model[tip][length:]
 
-    @rule(tip=consumes(branches))
-    def prune(self, tip: Tip) -> None:
-        self.tree.prune(tip)
+    @rule(tip=consumes(branches), keep=st.sampled_from([True, True, True, False]))
+    def prune(self, tip: Tip, *, keep: bool) -> None:
+        self.tree.prune(tip, keep=keep)
         del self.model[tip]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), budget=st.integers(1, 12))
     def step(self, data: st.DataObject, budget: int) -> None:
         """What the scheduler does with some of the branches: place, copy, plan, write, read."""
-        some = data.draw(st.lists(st.sampled_from(sorted(self.model, key=id)), min_size=1, max_size=8, unique_by=id))
+        some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=8, unique_by=id))
+        available = self.tree.pool.num_available
+        needed = demand(self.tree.pool, [(tip, 0, False) for tip in some])
         builder = _StepBuilder(self.tree)
         for tip in some:
             builder.add_request(GenerateRequest(tip, 1), budget=budget)
         step = builder.build()
-        assert not step.failed
+        assert not step.failed or needed > available
         if step.batch is None:
             return
         batch, size = step.batch, self.tree.pool.block_size
@@ -114,8 +135,10 @@ class TreeMachine(RuleBasedStateMachine):
             assert self.tree.token_ids(tip) == tokens
         for node in self.tree.nodes.values():
             self.check_first_block(node)
+            slots = self.tree.slots(node, 0, node.num_computed)
+            assert [self.memory[slot] for slot in slots] == node.token_ids[: node.num_computed]
         if not self.model:
-            assert self.tree.pool.num_free == self.tree.pool.num_total
+            assert self.tree.pool.num_used == 0
 
     def check_first_block(self, node: KVNode) -> None:
         """A block is whole for kernels that read block tables: it starts with the tokens before the node's own."""
@@ -129,6 +152,8 @@ class TreeMachine(RuleBasedStateMachine):
         if hasattr(self, "model"):
             for tip in list(self.model):
                 self.tree.prune(tip)
+            assert self.tree.pool.num_available == self.tree.pool.num_total
+            self.tree.clear_cache()
             assert self.tree.pool.num_free == self.tree.pool.num_total
 
 
