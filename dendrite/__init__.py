@@ -39,6 +39,7 @@ _ROOMS = {
     ),
     "dendrite.dsl.types": ("Prompt",),
     "dendrite.engine.branch": ("Branch",),
+    "dendrite.engine.constraints": ("Constraint",),
     "dendrite.engine.engine": ("Engine",),
     "dendrite.engine.errors": (
         "BranchError",

@@ -75,6 +75,7 @@ from dendrite.dsl.strategies.later import (
 )
 from dendrite.dsl.types import Prompt as Prompt
 from dendrite.engine.branch import Branch as Branch
+from dendrite.engine.constraints import Constraint as Constraint
 from dendrite.engine.engine import Engine as Engine
 from dendrite.engine.errors import (
     BranchError as BranchError,

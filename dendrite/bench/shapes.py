@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dendrite.engine.attention.interface import ATTENTION_NAME, register_attention
@@ -141,6 +142,14 @@ class WordlessTokenizer:
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:  # noqa: ARG002
         """A full stop a token."""
         return "." * len(token_ids)
+
+    def for_grammars(self, vocab_size: int) -> LLTokenizer:  # noqa: ARG002
+        """Refuse: there are no words.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError("a shape with random weights has no vocabulary: nothing can be constrained")
 
     def render(self, messages: Sequence[Message], **_: object) -> list[int]:  # noqa: ARG002
         """Refuse: there are no words.

@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator, model_validator
 
+from dendrite.engine.constraints import Constraint
 from dendrite.engine.errors import RequestError
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
@@ -53,6 +54,11 @@ class SamplingOptions(TypedDict, total=False):
     """How many of the most likely tokens to report with their log-probabilities, at each step; 0."""
     seed: int | None
     """Draw from this seed instead of the branch's own randomness."""
+    constraint: Constraint | Literal["continue"] | None
+    """What the whole text must match; "continue" goes on where `max_tokens` ended the branch's last constrained one."""
+    fast_forward: bool
+    """Append tokens that the constraint forces without running the model for each (True); False draws them one by one,
+    which gives the same tokens, and their log-probabilities with them."""
 
 
 class _Settings(BaseModel):
@@ -108,6 +114,10 @@ class SamplingParams(_Settings):
     ignore_eos: bool = Field(False, description="give True or False")
     top_logprobs: int = Field(0, ge=0, description="give a whole number, 0 or more")
     seed: int | None = Field(None, description="give a whole number, or None for the branch's own randomness")
+    constraint: InstanceOf[Constraint] | Literal["continue"] | None = Field(
+        None, description='give a dd.Constraint(schema=, regex=, grammar= or choices=), "continue", or None'
+    )
+    fast_forward: bool = Field(True, description="give True or False")
 
     @classmethod
     def of(cls, **options: Unpack[SamplingOptions]) -> Self:

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.config import EngineConfig, SamplingParams
+from dendrite.engine.constraints import CONTINUE, Constraint
 from dendrite.engine.demand import demand, prunable
-from dendrite.engine.errors import BranchError, ContextOverflow, EngineError, OutOfBlocks, RequestError
+from dendrite.engine.errors import (
+    BranchError,
+    ConstraintError,
+    ContextOverflow,
+    EngineError,
+    OutOfBlocks,
+    RequestError,
+)
 from dendrite.engine.generation import GenerationRequest
+from dendrite.engine.grammars import Grammars, Guide
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.nodes import Tip
@@ -42,6 +51,7 @@ class Core:
     def __init__(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
         self.tokenizer = tokenizer
         self.spec = runner.spec
+        self.grammars = Grammars(tokenizer, runner.spec.vocab_size)
         self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size))
         self.loop = StepLoop(runner, self._tree, Scheduler(self._tree, prefill_chunk=config.prefill_chunk))
         self._lock = self.loop.lock
@@ -101,6 +111,8 @@ class Core:
         else:
             fork = BranchRecord(tip, salt=root_key(seed), key=child_key(0, index), chat=chat)
         record.num_forks += 1
+        if at is None:
+            fork.guide = record.guide
         return fork
 
     def append(self, record: BranchRecord, content: str | Sequence[int], *, special: bool) -> None:
@@ -147,6 +159,7 @@ class Core:
         self.loop.release_collected()
         self._check_blocks(tip, keep + len(tokens) - tip.length)
         self._tree.truncate(tip, keep)
+        record.guide = None
         if tokens:
             self._tree.extend(tip, tokens)
 
@@ -205,14 +218,20 @@ class Core:
     ) -> tuple[list[GenerationRequest], Group]:
         """One request a branch, as one group: all of them run, or none."""
         self._checked_ids([*params.logit_bias, *params.stop_token_ids])
+        start = self.grammars.guide(params.constraint) if isinstance(params.constraint, Constraint) else None
         with self._lock:
             self.loop.check_open()
             for branch in branches:
                 next_status(branch.record.tip.status, "submit")
-            requests = [self._generation(branch, params, sink) for branch in branches]
+            guides = [_guide(branch.record, params, start) for branch in branches]
+            requests = [
+                self._generation(branch, params, sink, guide) for branch, guide in zip(branches, guides, strict=True)
+            ]
             return requests, self.loop.submit(requests, priority=priority)
 
-    def _generation(self, branch: Branch, params: SamplingParams, sink: Sink | None) -> GenerationRequest:
+    def _generation(
+        self, branch: Branch, params: SamplingParams, sink: Sink | None, guide: Guide | None
+    ) -> GenerationRequest:
         tip = branch.record.tip
         room = self.spec.context_length - tip.length
         if room < 1:
@@ -227,6 +246,7 @@ class Core:
             tokenizer=self.tokenizer,
             num_tokens=min(params.max_tokens, room),
             sink=sink,
+            guide=guide,
         )
 
     def submit_score(
@@ -296,3 +316,15 @@ class Core:
         needed = demand(pool, [(tip, max(0, num_more), False)])
         if needed > pool.num_available:
             raise OutOfBlocks(needed, pool.num_available, prunable(pool, [tip]))
+
+
+def _guide(record: BranchRecord, params: SamplingParams, start: Guide | None) -> Guide | None:
+    """The branch's own guide: at the constraint's start, or where its last constrained text was cut off."""
+    if params.constraint == CONTINUE:
+        if record.guide is None:
+            raise ConstraintError(
+                'constraint="continue" needs a branch whose last generation was constrained and ended at max_tokens, '
+                "or a fork of its end, with nothing appended since"
+            )
+        return record.guide.fork()
+    return start.fork() if start is not None else None

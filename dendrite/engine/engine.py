@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dendrite.engine.branch import Branch
 from dendrite.engine.config import EngineConfig, SamplingOptions, SamplingParams
+from dendrite.engine.constraints import Constraint
 from dendrite.engine.core import Core
 from dendrite.engine.errors import BranchError, RequestError
 from dendrite.engine.generation import Generation, GenerationRequest
@@ -158,6 +159,8 @@ class Engine:
         Raises:
             RequestError: an option out of range, or no branches.
             BranchError: a branch that is pruned, busy, listed twice, or of another engine.
+            ConstraintError: a constraint that llguidance refuses, or nothing to continue. Nothing was changed. One that
+                turns out to be a dead end while it runs ends that branch alone, with the `finish_reason` "constraint".
             ContextOverflow: a branch has no room for a single token.
             OutOfBlocks: the pool is too small for what the call may need at worst.
             EngineClosed, EngineDead: the engine runs no more.
@@ -166,6 +169,7 @@ class Engine:
 
     async def agenerate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """`generate` for asyncio. Cancelling the task cancels the generation at once; every branch rolls back."""
+        await self._compile(options)
         return await self.submit(branches, **options).result()
 
     def submit(
@@ -220,6 +224,7 @@ class Engine:
         self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
     ) -> AsyncGenerator[str]:
         """`stream` for asyncio."""
+        await self._compile(options)
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -237,6 +242,12 @@ class Engine:
             self.core.loop.cancel(group, keep=True)
         if on_end is not None:
             on_end(_result(request))
+
+    async def _compile(self, options: SamplingOptions) -> None:
+        """Compile a constraint that is new, beside the event loop: a huge one takes seconds."""
+        constraint = options.get("constraint")
+        if isinstance(constraint, Constraint) and constraint not in self.core.grammars:
+            await asyncio.to_thread(self.core.grammars.guide, constraint)
 
     def _checked(self, branches: Sequence[Branch]) -> Sequence[Branch]:
         if not branches:

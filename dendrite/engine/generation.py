@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dendrite.engine.config import SamplingParams
+from dendrite.engine.errors import ConstraintError
+from dendrite.engine.grammars import Guide
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.sampling_row import Sampled, SampleRow
 from dendrite.engine.text import TextStream, Tokenizer
@@ -15,7 +17,7 @@ from dendrite.engine.tree import KVTree
 if TYPE_CHECKING:
     from dendrite.engine.branch import Branch
 
-FinishReason = Literal["stop", "length", "eos", "cancelled"]
+FinishReason = Literal["stop", "length", "eos", "cancelled", "constraint"]
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
@@ -29,13 +31,18 @@ class Generation:
     """The tokens the branch gained. After a stop inside a token, its remaining characters are encoded afresh."""
     logprobs: tuple[float, ...]
     """Log-probability (nats) of each sampled token that was kept, under the model's own distribution. Tokens encoded
-    afresh at a stop have none, so this may be shorter than `token_ids`."""
+    afresh at a stop have none, nor have those that a constraint forced (`fast_forward=False` draws these too), so this
+    may be shorter than `token_ids`."""
     top_logprobs: tuple[TopLogprobs, ...]
     """For each sampled token that was kept, the `top_logprobs` likeliest (token id, log-probability); else empty."""
     finish_reason: FinishReason
-    """`stop`: a stop string or stop token; `eos`: the model ended the text; `length`: `max_tokens` or the context's
-    end; `cancelled`: the branch was pruned, or its stream closed, meanwhile."""
+    """`stop`: a stop string or stop token, or the constraint allows nothing more; `eos`: the model ended the text;
+    `length`: `max_tokens` or the context's end; `cancelled`: the branch was pruned, or its stream closed, meanwhile;
+    `constraint`: the constraint cannot be met from here, and `error` says why."""
     branch: Branch = field(repr=False)
+    num_forced: int = 0
+    """How many of the tokens the constraint forced: they went through the model together with the next drawn one."""
+    error: ConstraintError | None = None
 
 
 class GenerationRequest(GenerateRequest):
@@ -50,6 +57,7 @@ class GenerationRequest(GenerateRequest):
         tokenizer: Tokenizer,
         num_tokens: int,
         sink: Callable[[str | None], None] | None = None,
+        guide: Guide | None = None,
     ) -> None:
         tip = branch.record.tip
         super().__init__(tip, num_tokens)
@@ -61,7 +69,8 @@ class GenerationRequest(GenerateRequest):
         self._sink = sink
         self._ends = frozenset() if params.ignore_eos else tokenizer.eos_token_ids
         self._stops = frozenset(params.stop_token_ids)
-        self._sampled: list[Sampled] = []
+        self._sampled: list[Sampled | None] = []  # one a token; None for a forced one
+        self._error: ConstraintError | None = None
         context = tree.token_ids(tip)
         self._stream = TextStream(tokenizer, context, params.stop)
         self.row = SampleRow.start(
@@ -70,6 +79,7 @@ class GenerationRequest(GenerateRequest):
             position=tip.length,
             prompt_ids=context,
             eos_token_ids=tokenizer.eos_token_ids,
+            guide=guide,
         )
 
     def can_look_ahead(self) -> bool:
@@ -81,6 +91,10 @@ class GenerationRequest(GenerateRequest):
         self._tree.look_ahead(self.tip, draw)
         self.row.num_ahead = 1
 
+    def begin(self) -> FinishReason | None:
+        """Takes what the constraint forces before anything is drawn; returns why the generation ends with that."""
+        return self._take_forced() if self.row.guide is not None else None
+
     def accept(self, sampled: Sampled) -> FinishReason | None:
         """Takes the next token onto the branch; returns why the generation ends with it, if it does."""
         self.row.num_ahead = 0
@@ -89,23 +103,29 @@ class GenerationRequest(GenerateRequest):
             return "stop"
         if token in self._ends:
             return "eos"
-        if self.tip.num_ahead:
-            self._tree.settle(self.tip, token)
-        else:
-            self._tree.extend(self.tip, [token])
-        self._sampled.append(sampled)
-        self.row.advance(token)
-        self.num_left -= 1
-        if self._stream.push(token):
-            self._cut_at_stop()
+        self.num_pending = 1
+        if self._take(token, sampled):
             return "stop"
+        guide = self.row.guide
+        if guide is not None:
+            guide.advance([token])
+            return self._take_forced()
         return None if self.num_left else "length"
+
+    def give_up(self, reason: str) -> FinishReason:
+        """Nothing can be drawn under the constraint: how the generation ends, here and for this branch alone."""
+        guide = self.row.guide
+        assert guide is not None
+        if guide.may_end:
+            return "stop"
+        self._error = guide.error or ConstraintError(f"{guide.constraint}: {reason}")
+        return "constraint"
 
     def finish(self, reason: FinishReason) -> None:
         """Freezes what was generated into `generation`."""
         self._tree.drop_ahead(self.tip)
         self._stream.finish()
-        sampled = self._sampled
+        sampled = [token for token in self._sampled if token is not None]
         self.generation = Generation(
             text=self._stream.text,
             token_ids=tuple(self._tree.token_ids(self.tip, start=self._start)),
@@ -113,8 +133,11 @@ class GenerationRequest(GenerateRequest):
             top_logprobs=tuple(token.top for token in sampled) if self.row.params.top_logprobs else (),
             finish_reason=reason,
             branch=self.branch,
+            num_forced=len(self._sampled) - len(sampled),
+            error=self._error,
         )
         self.branch.record.logprobs += self.generation.logprobs
+        self.branch.record.guide = self.row.guide if reason == "length" else None
 
     def roll_back(self) -> None:
         """Leaves the branch as it was before the call."""
@@ -130,6 +153,36 @@ class GenerationRequest(GenerateRequest):
         if self._sink is not None:
             self._sink(None)
             self._sink = None
+
+    def _take_forced(self) -> FinishReason | None:
+        """Appends the tokens that must come next; the next step computes them together with the one before them."""
+        guide = self.row.guide
+        assert guide is not None
+        forced = guide.forced()[: self.num_left] if self.row.params.fast_forward else []
+        for token in forced:
+            if self._take(token, None):
+                return "stop"
+        guide.advance(forced)
+        self.num_pending += len(forced)
+        if guide.is_complete:
+            return "stop"
+        if guide.error is not None:
+            return self.give_up("")
+        return None if self.num_left else "length"
+
+    def _take(self, token: int, sampled: Sampled | None) -> bool:
+        """Appends a token, drawn or forced; True when it completes a stop string, before which the text is cut."""
+        if self.tip.num_ahead:
+            self._tree.settle(self.tip, token)
+        else:
+            self._tree.extend(self.tip, [token])
+        self._sampled.append(sampled)
+        self.row.advance(token)
+        self.num_left -= 1
+        stops = self._stream.push(token)
+        if stops:
+            self._cut_at_stop()
+        return stops
 
     def _cut_at_stop(self) -> None:
         num_kept, rest = self._stream.keep()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dendrite.engine.generation import GenerationRequest
+from dendrite.engine.grammars import Guide
+from dendrite.engine.masks import Masks, MaskWriter
 from dendrite.engine.requests import ScoreRequest
 from dendrite.engine.runner import Runner
-from dendrite.engine.sampling import LogitsError, Sampler, log_softmax_at
+from dendrite.engine.sampling import LogitsError, NoTokenLeft, Sampler, log_softmax_at
 from dendrite.engine.sampling_row import Sampled
 from dendrite.engine.scheduler import Read
 
@@ -58,39 +61,62 @@ class Head:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._sampler = Sampler()
+        self._writer = MaskWriter(runner.spec.vocab_size)
 
-    def launch(self, reads: Sequence[Read], hidden: Tensor | None) -> Flight:
+    def launch(self, reads: Sequence[Read], hidden: Tensor | None, masks: Masks | None) -> Flight:
         """Start reading. `hidden` is the step's output, `[num_outputs, hidden_size]`."""
-        results = self.read(reads, hidden)
+        results = self.read(reads, hidden, masks)
         if not self._runner.look_ahead:
             return ReadyFlight(results)
         tokens = [result.token_id if isinstance(result, Sampled) else 0 for result in results]
         device = hidden.device if hidden is not None else None
         return ReadyFlight(results, torch.tensor(tokens, device=device), is_ready=needs_settled(reads))
 
-    def read(self, reads: Sequence[Read], hidden: Tensor | None) -> list[Result]:
+    def prepare(self, reads: Sequence[Read]) -> Masks | None:
+        """Start computing the masks of the reads under a constraint, to run beside the model; None if there are none.
+
+        Until `read` has them, nobody else may use the requests' guides.
+        """
+        guides = [guide for read in reads if (guide := _guide_of(read)) is not None]
+        return self._writer.begin(guides) if guides else None
+
+    def close(self) -> None:
+        """End the thread that computes masks."""
+        self._writer.close()
+
+    def read(self, reads: Sequence[Read], hidden: Tensor | None, masks: Masks | None) -> list[Result]:
         """One result a read, in order. `hidden` is the step's output, `[num_outputs, hidden_size]`.
 
         Logits that cannot be used (NaN) come back as a `LogitsError` in the place of the reads they spoil.
         """
         results: list[Result] = []
+        if masks is not None:
+            masks.wait()
         for first in range(0, len(reads), ROWS_AT_ONCE):
-            results += self._read_part(reads[first : first + ROWS_AT_ONCE], hidden)
+            results += self._read_part(reads[first : first + ROWS_AT_ONCE], hidden, masks)
         return results
 
-    def _read_part(self, reads: Sequence[Read], hidden: Tensor | None) -> list[Result]:
+    def _read_part(self, reads: Sequence[Read], hidden: Tensor | None, masks: Masks | None) -> list[Result]:
         rows, places = _distinct_rows(reads, hidden)
         logits = self._runner.logits(rows)
         results: dict[int, Result] = {}
-        for kind, compute in ((GenerationRequest, self._draw), (ScoreRequest, _score)):
+        draw = partial(self._draw, masks=masks)
+        for kind, compute in ((GenerationRequest, draw), (ScoreRequest, _score)):
             which = [index for index, read in enumerate(reads) if isinstance(read.request, kind)]
             wanted = _rows_at(logits, [places[index] for index in which]) if which else logits
             results.update(_spoilt_apart(compute, [(index, reads[index]) for index in which], wanted))
         return [results[index] for index in range(len(reads))]
 
-    def _draw(self, reads: Sequence[Read], logits: Tensor) -> Sequence[Result]:
-        states = [read.request.row for read in reads if isinstance(read.request, GenerationRequest)]
-        return self._sampler.sample(logits, states)
+    def _draw(self, reads: Sequence[Read], logits: Tensor, masks: Masks | None) -> Sequence[Result]:
+        rows = [read.request.row for read in reads if isinstance(read.request, GenerationRequest)]
+        dead = [index for index, row in enumerate(rows) if row.guide is not None and row.guide.error is not None]
+        if dead:
+            raise NoTokenLeft(dead, "the constraint cannot go on")
+        return self._sampler.sample(logits, rows, masks if any(row.guide is not None for row in rows) else None)
+
+
+def _guide_of(read: Read) -> Guide | None:
+    return read.request.row.guide if isinstance(read.request, GenerationRequest) else None
 
 
 def _score(reads: Sequence[Read], logits: Tensor) -> Sequence[Result]:

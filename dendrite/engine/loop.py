@@ -30,13 +30,15 @@ import torch
 from torch import Tensor
 
 from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError
-from dendrite.engine.generation import GenerationRequest
+from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
+from dendrite.engine.masks import Masks
 from dendrite.engine.nodes import Tip
 from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import Runner
+from dendrite.engine.sampling import NoTokenLeft
 from dendrite.engine.sampling_row import Sampled
 from dendrite.engine.scheduler import Scheduler, Step
 from dendrite.engine.stats import Counters
@@ -74,6 +76,9 @@ class StepLoop:
             self.check_open()
             self.release_collected()
             self.scheduler.submit(group)
+            for request in list(group.requests):
+                if isinstance(request, GenerationRequest):
+                    self._tell(request, request.begin())
             self._wake.notify()
         return group
 
@@ -131,6 +136,7 @@ class StepLoop:
             with self.lock:
                 self._end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
                 self._end.__cause__ = error
+        self._head.close()
         with self.lock:
             for group in self.scheduler.open_groups():
                 self._end_group(group, self._end)
@@ -148,8 +154,9 @@ class StepLoop:
             self.release_collected()
             step = self.scheduler.schedule()
             self._fail(step)
+        masks = self._head.prepare(step.reads)
         hidden = self._run(step)
-        num_ahead = self._launch_reads(step, hidden)
+        num_ahead = self._launch_reads(step, hidden, masks)
         self._land(keep=num_ahead)
         with self.lock:
             self._look_ahead()
@@ -164,13 +171,13 @@ class StepLoop:
             self.scheduler.commit(step, hidden)
         return hidden
 
-    def _launch_reads(self, step: Step, hidden: Tensor | None) -> int:
+    def _launch_reads(self, step: Step, hidden: Tensor | None, masks: Masks | None) -> int:
         """Starts the step's reads; returns how many steps may stay in flight."""
         if not step.reads:
             return 0
         if needs_settled(step.reads):
             self._land(keep=0)
-        flight = self._head.launch(step.reads, hidden)
+        flight = self._head.launch(step.reads, hidden, masks)
         for read in step.reads:
             read.request.num_in_flight += 1
         self._flights.append((step, flight))
@@ -206,7 +213,9 @@ class StepLoop:
             request.num_in_flight -= 1
             if request.is_done:
                 continue
-            if isinstance(result, DendriteError):
+            if isinstance(result, NoTokenLeft) and isinstance(request, GenerationRequest) and request.row.guide:
+                self._tell(request, request.give_up(result.reason))
+            elif isinstance(result, DendriteError):
                 assert request.group is not None
                 self._end_group(request.group, result)
             elif isinstance(request, GenerationRequest) and isinstance(result, Sampled):
@@ -220,13 +229,18 @@ class StepLoop:
                 self._settle(score)
 
     def _accept(self, request: GenerationRequest, sampled: Sampled) -> None:
-        reason = request.accept(sampled)
         self.counters.num_sampled += 1
+        self._tell(request, request.accept(sampled))
+
+    def _tell(self, request: GenerationRequest, reason: FinishReason | None) -> None:
+        """Shows whoever watches what is new; with a reason, the generation has ended."""
         if reason is not None:
             request.finish(reason)
         request.show_new_text()
         if reason is not None:
+            assert request.generation is not None
             self.counters.num_logical += request.tip.length
+            self.counters.num_forced += request.generation.num_forced
             self._settle(request)
 
     # --- endings -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dendrite.engine.grammars import Guide
 from dendrite.engine.messages import Message
 from dendrite.engine.nodes import Tip
 from dendrite.engine.random import child_key, root_key
@@ -10,7 +11,7 @@ from dendrite.engine.random import child_key, root_key
 class BranchRecord:
     """The engine's side of a branch."""
 
-    __slots__ = ("chat", "key", "logprobs", "num_cached", "num_forks", "salt", "tip")
+    __slots__ = ("chat", "guide", "key", "logprobs", "num_cached", "num_forks", "salt", "tip")
 
     def __init__(self, tip: Tip, *, salt: int, key: int, chat: tuple[tuple[Message, ...], int] | None) -> None:
         self.tip = tip
@@ -20,6 +21,7 @@ class BranchRecord:
         self.num_forks = 0  # child indices are never used twice, so randomness never is
         self.num_cached = 0  # tokens of a root whose K/V was there when it was made
         self.logprobs: list[float] = []
+        self.guide: Guide | None = None  # of a constrained text that `max_tokens` ended here; forked before each use
 
     def key_for(self, seed: int | None) -> int:
         """The 64-bit key of this branch's draws: its path under the root's salt, or under `seed`."""

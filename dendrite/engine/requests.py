@@ -38,6 +38,7 @@ class GenerateRequest(Request):
     def __init__(self, tip: Tip, num_left: int) -> None:
         super().__init__(tip)
         self.num_left = num_left
+        self.num_pending = 1  # tokens at the tip's end that wait for K/V while decoding: the last, and forced ones
 
     @property
     def is_waiting(self) -> bool:

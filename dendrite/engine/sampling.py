@@ -2,12 +2,12 @@
 
 What happens to a row, in this order (as vLLM and Transformers do it):
 
-    logits ─ bias ─ penalties ─ min_tokens ─┬─ temperature 0: the first largest
-                                            └─ / temperature ─ softmax ─ top-k ─ top-p ─ min-p ─ inverse CDF
+    logits ─ bias ─ penalties ─ ends ─ constraint ─┬─ temperature 0: the first largest
+                                                   └─ / temperature ─ softmax ─ top-k ─ top-p ─ min-p ─ inverse CDF
 
-Penalties are the repetition penalty, then frequency and presence. The inverse CDF runs in vocabulary order.
-Log-probabilities are the model's own: of the logits as they came, before any of this. A draw reads one uniform number
-keyed by (branch key, position), so a row's token does not depend on the rest of the batch.
+Penalties are the repetition penalty, then frequency and presence; `min_tokens` forbids the ends. The inverse CDF runs
+in vocabulary order. Log-probabilities are the model's own: of the logits as they came, before any of this. A draw reads
+one uniform number keyed by (branch key, position), so a row's token does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from dendrite.engine.config import SamplingParams
 from dendrite.engine.errors import ModelError
+from dendrite.engine.masks import Masks
 from dendrite.engine.sampling_draw import draw, first_largest, uniforms
 from dendrite.engine.sampling_edits import edit
 from dendrite.engine.sampling_filters import keep_likely
+from dendrite.engine.sampling_masks import MaskTable
 from dendrite.engine.sampling_row import Sampled, SampleRow
 
 SCORE_BLOCK = 16
 """Rows that `log_softmax_at` converts and normalises at a time."""
 
+_NOTHING_LEFT = "logit_bias, min_tokens and the constraint leave no token that can be drawn"
 _SPOILT = "the model's logits hold NaN or infinity, or are all -inf"
 
 
@@ -36,6 +39,11 @@ class LogitsError(ModelError):
     def __init__(self, rows: Sequence[int], reason: str) -> None:
         super().__init__(f"{'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}: {reason}")
         self.rows = tuple(rows)
+        self.reason = reason
+
+
+class NoTokenLeft(LogitsError):
+    """Rows whose bias, `min_tokens` and constraint together forbid every token."""
 
 
 class Sampler:
@@ -45,29 +53,31 @@ class Sampler:
         # Fresh memory of this size comes as untouched pages in every step, which cost more than the arithmetic.
         self._weights = _Scratch()
         self._work = _Scratch()
+        self._table = MaskTable()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow], masks: Masks | None = None) -> list[Sampled]:
         """Draw the next token of every row.
 
         Args:
             logits: [num_rows, vocab], any floating type; not changed.
             rows: [num_rows]; not advanced.
+            masks: filled, with those of all rows that have a guide; None where no row has one.
 
         Raises:
-            LogitsError: rows with NaN or infinity, or where bias and min_tokens leave nothing; call again without
-                them.
+            LogitsError: rows with NaN or infinity; call again without them.
+            NoTokenLeft: rows where bias, min_tokens and constraint leave nothing.
         """
         logits = logits.float()
         weights = torch.softmax(logits, -1, out=self._weights.like(logits))
         normalizer = _normalizer(logits, weights)
         _refuse(normalizer.isnan(), _SPOILT)
-        token_ids = self._choose(logits, weights, rows)
+        token_ids = self._choose(logits, weights, rows, masks)
         logprobs = (logits.gather(1, token_ids[:, None])[:, 0] - normalizer).clamp(max=0)
         tops = _likeliest(logits, normalizer, [row.params.top_logprobs for row in rows])
         return [Sampled(*one) for one in zip(token_ids.tolist(), logprobs.tolist(), tops, strict=True)]
 
-    def _choose(self, logits: Tensor, weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    def _choose(self, logits: Tensor, weights: Tensor, rows: Sequence[SampleRow], masks: Masks | None) -> Tensor:
         """Token ids [num_rows]; `weights` is the softmax of `logits`, overwritten where that is not what is drawn."""
         temperatures = torch.tensor([row.params.temperature for row in rows], device=logits.device)
         work = self._work.like(logits)
@@ -76,7 +86,10 @@ class Sampler:
         if edited:
             shaped = work.copy_(logits)
             edit(shaped, rows)
-            _refuse(~shaped.amax(-1).isfinite(), "logit_bias and min_tokens leave no token that can be drawn")
+            if masks is not None:
+                constrained, bits = masks.rows_of([row.guide for row in rows])
+                self._table.forbid(shaped, bits, constrained)
+            _refuse(~shaped.amax(-1).isfinite(), _NOTHING_LEFT, NoTokenLeft)
         greedy = temperatures == 0
         best = first_largest(shaped) if bool(greedy.any()) else None
         if best is not None and bool(greedy.all()):
@@ -135,9 +148,9 @@ def _normalizer(logits: Tensor, weights: Tensor) -> Tensor:
     return logits.amax(-1) - weights.amax(-1).log()
 
 
-def _refuse(unusable: Tensor, reason: str) -> None:
+def _refuse(unusable: Tensor, reason: str, error: type[LogitsError] = LogitsError) -> None:
     if bool(unusable.any()):
-        raise LogitsError(unusable.nonzero()[:, 0].tolist(), reason)
+        raise error(unusable.nonzero()[:, 0].tolist(), reason)
 
 
 def _likeliest(logits: Tensor, normalizer: Tensor, widths: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dendrite.engine.config import SamplingParams
+from dendrite.engine.grammars import Guide
 
 
 class SeenTokens:
@@ -58,6 +60,8 @@ class SampleRow:
     """Token ids that end the text, forbidden until `min_tokens` are made."""
     num_ahead: int = 0
     """Tokens before `position` + this that are drawn but not known yet: 1 while the engine looks ahead."""
+    guide: Guide | None = None
+    """Where the text stands in its grammar; None when the row has no constraint."""
 
     @classmethod
     def start(
@@ -68,6 +72,7 @@ class SampleRow:
         position: int,
         prompt_ids: Sequence[int] = (),
         eos_token_ids: frozenset[int] = frozenset(),
+        guide: Guide | None = None,
     ) -> SampleRow:
         """A row about to draw its first token.
 
@@ -76,7 +81,9 @@ class SampleRow:
         penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
         repeats = params.repetition_penalty != 1
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        bias = params.logit_bias
+        bias = dict(params.logit_bias)
+        if guide is not None and params.ignore_eos:
+            bias |= dict.fromkeys(eos_token_ids, -math.inf)  # a grammar would take them for its end
         return cls(
             params=params,
             key=key,
@@ -85,6 +92,7 @@ class SampleRow:
             seen=SeenTokens(prompt_ids if repeats else ()) if penalised or repeats else None,
             bias=(np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)) if bias else None,
             ends=np.array(sorted(ends), np.int64),
+            guide=guide,
         )
 
     def advance(self, token_id: int) -> None:
@@ -102,7 +110,7 @@ class SampleRow:
     @property
     def edited(self) -> bool:
         """Whether the model's logits are changed before a token is chosen."""
-        return self.seen is not None or self.bias is not None or self.may_not_end
+        return self.seen is not None or self.bias is not None or self.guide is not None or self.may_not_end
 
     @property
     def draw_position(self) -> int:

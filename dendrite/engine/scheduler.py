@@ -14,6 +14,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from dendrite.engine.batch import Batch
 from dendrite.engine.demand import demand, prunable
@@ -26,7 +27,9 @@ from dendrite.engine.states import next_status
 from dendrite.engine.tree import KVTree
 
 MAX_DECODE_ROWS = 256
-"""Branches that decode in one step; more take turns."""
+"""Rows of branches that decode in one step, one each unless a constraint forced tokens; more branches take turns."""
+MAX_FORCED_ROWS = 64
+"""A branch with more forced tokens than this is computed as a prompt is, in what is left of the step."""
 DECODE_SHARE = 4
 """While branches decode, prefill gets this fraction of a chunk a step, so that they are not stalled."""
 
@@ -129,17 +132,19 @@ class Scheduler:
         failed = self._admit()
         builder = _StepBuilder(self._tree)
         ready = [request for request in self.running if not request.is_waiting]
-        decoding = [request for request in ready if _is_decoding(request)]
-        for request in decoding[:MAX_DECODE_ROWS]:
-            builder.add_request(request, budget=1)
-        if len(decoding) > MAX_DECODE_ROWS:  # take turns
-            late = set(map(id, decoding[:MAX_DECODE_ROWS]))
+        decoding = [request for request in ready if isinstance(request, GenerateRequest) and _decodes(request)]
+        ends = accumulate(request.num_pending for request in decoding)
+        served = [request for request, end in zip(decoding, ends, strict=True) if end <= MAX_DECODE_ROWS]
+        for generation in served:
+            builder.add_request(generation, budget=generation.num_pending)
+        if len(served) < len(decoding):  # take turns
+            late = set(map(id, served))
             self.running.sort(key=lambda request: (-request.priority, id(request) in late))
         budget = max(1, self._prefill_chunk // DECODE_SHARE) if decoding else self._prefill_chunk
         for request in ready:
             if budget <= 0:
                 break
-            if not _is_decoding(request):
+            if not (isinstance(request, GenerateRequest) and _decodes(request)):
                 budget -= builder.add_request(request, budget=budget)
         step = builder.build()
         step.failed += failed
@@ -190,13 +195,12 @@ class Scheduler:
         return OutOfBlocks(needed, self._tree.pool.num_available, prunable(self._tree.pool, busy))
 
 
-def _is_decoding(request: Request) -> bool:
-    """Whether at most one token lacks its K/V before the request can be served."""
-    if not isinstance(request, GenerateRequest):
-        return False
+def _decodes(request: GenerateRequest) -> bool:
+    """Whether only the last token, and what a constraint forced after it, lack their K/V."""
     node = request.tip.node
     parent_is_done = node.parent is None or node.parent.num_computed >= node.offset
-    return parent_is_done and request.tip.offset - node.num_computed <= 1
+    num_missing = request.tip.offset - node.num_computed
+    return parent_is_done and num_missing <= request.num_pending <= MAX_FORCED_ROWS
 
 
 class _StepBuilder:

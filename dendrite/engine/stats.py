@@ -17,6 +17,7 @@ class Counters:
     num_steps: int = 0
     num_computed: int = 0
     num_sampled: int = 0
+    num_forced: int = 0
     num_logical: int = 0
     num_shared: int = 0
     num_forks: int = 0
@@ -71,6 +72,8 @@ class Stats:
     tokens_logical: int
     """Rows that as many separate requests, each with its whole prompt, would have put through it."""
     tokens_sampled: int
+    tokens_forced: int
+    """Generated tokens that a constraint forced, so that none was drawn."""
     tokens_shared: int
     """Prompt tokens of roots that were live or cached already and so were not computed again."""
     cache_hits: int
@@ -112,6 +115,7 @@ def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
         tokens_computed=counters.num_computed,
         tokens_logical=counters.num_logical,
         tokens_sampled=counters.num_sampled,
+        tokens_forced=counters.num_forced,
         tokens_shared=counters.num_shared,
         cache_hits=tree.cache.num_hits,
         cache_hit_tokens=tree.cache.num_hit_tokens,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
+from llguidance import LLTokenizer
 from tokenizers import Tokenizer as Backend
 
 from dendrite.engine.chat import check_messages, conversation_ids
@@ -67,6 +68,9 @@ class Tokenizer(Protocol):
             RequestError: a message without a known role or without text, or an order the template refuses.
             ModelError: the model has no chat template.
         """
+
+    def for_grammars(self, vocab_size: int) -> LLTokenizer:
+        """The vocabulary as llguidance takes it, with as many tokens as the model has logits; slow, ask once."""
 
 
 class HFTokenizer:
@@ -144,6 +148,10 @@ class HFTokenizer:
             return conversation_ids(messages, write, encode)
         except (TemplateError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+
+    def for_grammars(self, vocab_size: int) -> LLTokenizer:
+        """See `Tokenizer.for_grammars`; texts go on from other text, so no space is put before them."""
+        return LLTokenizer(self._json[False], n_vocab=vocab_size, eos_token=sorted(self.eos_token_ids) or None)
 
     def _variant(self, *, starts: bool, special: bool) -> Backend:
         starts = starts or self._json[True] is self._json[False]

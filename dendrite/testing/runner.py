@@ -18,7 +18,7 @@ from torch import Tensor
 from dendrite.engine.batch import Batch, Segment
 from dendrite.engine.spec import ModelSpec
 from dendrite.testing.scripted import Script
-from dendrite.testing.tokenizer import END, OPENING, SPECIAL, VOCAB_SIZE, ByteTokenizer
+from dendrite.testing.tokenizer import END, FORCED, OPENING, SPECIAL, VOCAB_SIZE, ByteTokenizer
 
 _UNLIKELY = -30.0
 """The logit of what the script does not say: all of them together are less likely than one in 10**9."""
@@ -123,14 +123,13 @@ def _reply_in_progress(script: Script, path: Sequence[int]) -> tuple[int, dict[t
     The last text of the path is the reply so far, or a label that is being scored, if the script says something that
     begins with it to all that stands before it. Else it belongs to the prompt.
     """
-    start = _last_opening(path)
-    if start > 1:  # a text right after <|begin|> is a prompt
-        said = tuple(path[start:])
-        going_on = {
-            reply: weight for reply, weight in _replies(script, path[:start]).items() if reply[: len(said)] == said
-        }
-        if going_on:
-            return len(said), going_on
+    for start in _openings(path):
+        if start > 1:  # a text right after <|begin|> is a prompt
+            said = _plain(path[start:])
+            replies = _replies(script, path[:start])
+            going_on = {reply: weight for reply, weight in replies.items() if _plain(reply[: len(said)]) == said}
+            if going_on:
+                return len(said), going_on
     return 0, _replies(script, path)
 
 
@@ -142,9 +141,16 @@ def _replies(script: Script, path: Sequence[int]) -> dict[tuple[int, ...], float
     return {tuple(tokenizer.encode(text)): weight for text, weight in weights.items() if weight > 0}
 
 
-def _last_opening(path: Sequence[int]) -> int:
-    """Where the text at the end of the path begins; 0 if a special token ends it."""
+def _openings(path: Sequence[int]) -> Iterator[int]:
+    """Where the text at the end of the path may begin: at a run that a grammar forced, or where a text surely began."""
     for index in range(len(path) - 1, -1, -1):
+        if path[index] >= SPECIAL:
+            return
         if path[index] >= OPENING:
-            return index if path[index] < SPECIAL else 0
-    return 0
+            yield index
+            if path[index] < FORCED:
+                return
+
+
+def _plain(token_ids: Sequence[int]) -> list[int]:
+    return [token_id % 256 for token_id in token_ids]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from llguidance import LLTokenizer, TokenizerWrapper
+
 from dendrite.engine.messages import Message
 
 OPENING = 256
 """From here on, a second copy of the 256 bytes: the first byte of each text that was encoded or said."""
-SPECIAL = 512
+FORCED = 512
+"""And a third: the first byte of a run that a grammar forced, which may begin a text or stand in the midst of one."""
+SPECIAL = 768
 NAMES = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 BEGIN, END = SPECIAL, SPECIAL + 1
 VOCAB_SIZE = SPECIAL + len(NAMES)
@@ -39,6 +43,10 @@ class ByteTokenizer:
         """The bytes as text; what is no UTF-8 as replacement characters."""
         return b"".join(_bytes_of(token_ids, special=special)).decode(errors="replace")
 
+    def for_grammars(self, vocab_size: int) -> LLTokenizer:
+        """All copies of a byte are that byte to a grammar."""
+        return LLTokenizer(TokenizerWrapper(_Vocabulary()), n_vocab=vocab_size)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -51,6 +59,19 @@ class ByteTokenizer:
         for message in messages:
             ids += [_role(message["role"]), *(message.get("token_ids") or _marked(message["content"])), END]
         return ids[:-1] if continue_last else [*ids, _role("assistant")]
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer of another make."""
+
+    eos_token_id = END
+    bos_token_id = BEGIN
+    tokens = (*(bytes([token_id % 256]) for token_id in range(SPECIAL)), *(name.encode() for name in NAMES))
+    special_token_ids = tuple(range(SPECIAL, VOCAB_SIZE))
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Bytes of a text that a grammar forces, the first one marked."""
+        return [FORCED + text[0], *text[1:]] if text else []
 
 
 def _marked(text: str) -> list[int]:

@@ -340,7 +340,7 @@ def test_a_row_of_minus_infinity_is_refused() -> None:
     """Nothing is left to choose from, whether the model or the caller forbade it all."""
     with pytest.raises(LogitsError, match="row 0"):
         sample([[-INF, -INF]], row())
-    with pytest.raises(LogitsError, match="row 1: logit_bias and min_tokens"):
+    with pytest.raises(LogitsError, match="row 1: logit_bias, min_tokens and"):
         sample([[0.0, 0.0]] * 2, row(), row(temperature=1, logit_bias={0: -INF, 1: -INF}))
 
 
