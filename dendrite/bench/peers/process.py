@@ -25,6 +25,8 @@ END_SECONDS = 10.0
 """How long a peer's own processes may take to be gone, with the device memory they hold."""
 TAIL = 3
 """Last lines of a log that are quoted."""
+OPENMP_DEFAULT = "300000"
+"""How long GCC's OpenMP waits by itself. A peer imports this package as well, but what it sets is not for peers."""
 
 
 class Peer:
@@ -113,7 +115,7 @@ def started(
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={"GOMP_SPINCOUNT": OPENMP_DEFAULT, **os.environ, "PYTHONPATH": path},
                     start_new_session=True,
                 )
             except OSError as error:
