@@ -2,14 +2,13 @@
 
 Open                    the root: the prompt as a user's turn
 Loop(strategy)          asks for expansions and selections until it has enough
-  Propose               what a node's children continue
+  Propose               what each node's children continue
   Append                the cue, once, on a fork of the node
   Fork                  one branch a child
-  Generate              each child, in one batch with all that is under way
+  Generate              all children of the round in one batch
   Observe               parse, call tools; state, terminal, goal
-  Merge                 drop what has the key of an earlier node
   Score                 a number, or a Choice read from the model
-  Select                the survivors
+  Select                the survivors of the frontier
   Release               prunes what the strategy let go of
 Return                  the best path stays, the rest is pruned
 """
@@ -44,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Propose:
-    """Ask every source what a node's children continue."""
+    """Ask every source, for every node, what its children continue."""
 
     sources: tuple[Source, ...]
 
@@ -61,27 +60,20 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Generate every child, in one batch with all that is under way; what is done first goes on first."""
+    """Generate every child, all of them in one batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """Call the function once for a finished child, and append what it says."""
+    """Call the function once for each finished child, and append what it says."""
 
     function: Function
     concurrency: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
-    """Drop each child whose key an earlier node has; earlier in the order asked, whatever is done first."""
-
-    key: Function
-
-
-@dataclass(frozen=True, slots=True)
 class Score:
-    """Add the function's score, times `weight`, to a child's value."""
+    """Add the function's score, times `weight`, to each child's value."""
 
     function: Function
     takes_many: bool
@@ -103,24 +95,17 @@ class Release:
     """Prune every branch that the strategy will not come back to."""
 
 
-Expansion = Propose | Append | Fork | Generate | Observe | Merge | Score
+Expansion = Propose | Append | Fork | Generate | Observe | Score
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Drive the strategy: expansions run `body`, choices run `select`, and `release` follows each."""
+    """Drive the strategy: expansions run `body`, selections run `select`, and `release` follows each."""
 
     strategy: Strategy
     body: tuple[Expansion, ...]
     select: Select
     release: Release
-    vote: Function | None = None
-    """What nodes vote for, where the strategy lets them."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The `@expand`s."""
-        return next(operation.sources for operation in self.body if isinstance(operation, Propose))
 
 
 @dataclass(frozen=True, slots=True)

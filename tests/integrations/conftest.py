@@ -1,0 +1,30 @@
+"""One engine on the real model for all tests of the adapters, which run without any network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pytest_socket import disable_socket, enable_socket
+
+from dendrite.engine.engine import Engine
+from dendrite.integrations.engines import ENGINES
+
+SHARED = "dendrite-test"
+"""The name under which the adapters find it."""
+
+
+@pytest.fixture(scope="session")
+def shared_engine(real_model_folder: Path) -> Iterator[Engine]:
+    """Load the default model once."""
+    with Engine.load(str(real_model_folder), kv_memory="512MiB") as engine:
+        ENGINES.register(SHARED, engine)
+        yield engine
+        ENGINES.unregister(SHARED)
+
+
+@pytest.fixture(autouse=True)
+def _no_sockets() -> Iterator[None]:
+    """No test of this folder opens a connection; event loops may have their socket pairs."""
+    disable_socket(allow_unix_socket=True)
+    yield
+    enable_socket()
