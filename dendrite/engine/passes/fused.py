@@ -4,29 +4,27 @@ Attention aside, a layer is:
 
     add + norm   qkv   head norms + rope + K/V append   (attention)   out   add + norm   gate|up   silu * mul   down
 
-What a layer adds to the residual stream is added by the norm that follows, the next layer's or the final one. So what
-goes from layer to layer is no tensor but a `_Stream`; the decoder's own forward only hands it on. `families` says
-which models these are.
+With few rows the norm, the activation and the residual add are parts of the products' kernels (`stream`). Else what a
+layer adds to the residual stream is added by the norm that follows, the next layer's or the final one. So what goes
+from layer to layer is no tensor but a `Stream`; the decoder's own forward only hands it on. `families` says which
+models these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
-from dendrite.engine.kernels.activation import silu_mul
-from dendrite.engine.kernels.norm import add_rms_norm
 from dendrite.engine.kernels.rotary import rotate_and_keep
 from dendrite.engine.passes.families import is_recognised, replace_layers
-from dendrite.engine.passes.linear import biases_of
+from dendrite.engine.passes.stream import Norm, Projection, Stream
+from dendrite.engine.passes.tuning import seconds_on_device, tune
 from dendrite.engine.structure import context_length
 
 TABLE_ROWS = 4096
@@ -40,17 +38,9 @@ def make_fused(model: PreTrainedModel) -> None:
         return
     decoder.rotary_emb = _RotaryTable(decoder.rotary_emb, context_length(decoder.config), model.dtype)
     decoder.norm = _FinalNorm(decoder.norm)
-    replace_layers(decoder, _FusedLayer)
-
-
-@dataclass
-class _Stream:
-    """The hidden states between two layers: `residual + delta`, not yet added."""
-
-    residual: Tensor
-    """[num_rows, hidden_size]; the next norm adds to it in place."""
-    delta: Tensor | None
-    """The same shape, or None for zero."""
+    replace_layers(decoder, FusedLayer)
+    if model.device.type == "cuda":
+        tune(list(decoder.layers), decoder.config.hidden_size, seconds_on_device)
 
 
 @dataclass(frozen=True)
@@ -84,33 +74,19 @@ class _RotaryTable(nn.Module):
         return _Rotation(self._cos, self._sin, position_ids[0])
 
 
-class _Norm:
-    """An RMS norm that adds what the last layer left to be added."""
-
-    def __init__(self, norm: llama.LlamaRMSNorm) -> None:
-        self.weight: Tensor = norm.weight.detach()
-        self.epsilon: float = norm.variance_epsilon
-
-    def __call__(self, stream: _Stream) -> Tensor:
-        """The normed sum; the stream's residual holds the sum afterwards, and there is nothing left to add."""
-        normed = add_rms_norm(stream.residual, stream.delta, self.weight, self.epsilon)
-        stream.delta = None
-        return normed
-
-
 class _FinalNorm(nn.Module):
     """Where the stream becomes a tensor again."""
 
     def __init__(self, norm: llama.LlamaRMSNorm) -> None:
         super().__init__()
-        self._norm = _Norm(norm)
+        self._norm = Norm(norm)
 
-    def forward(self, stream: _Stream) -> Tensor:
+    def forward(self, stream: Stream) -> Tensor:
         """The normed hidden states, [1, num_rows, hidden_size]."""
         return self._norm(stream).unsqueeze(0)
 
 
-class _FusedLayer(nn.Module):
+class FusedLayer(nn.Module):
     """A decoder layer over packed rows."""
 
     def __init__(self, layer: llama.LlamaDecoderLayer) -> None:
@@ -119,33 +95,45 @@ class _FusedLayer(nn.Module):
         self._layer_idx: int = attention.layer_idx
         self._scale: float = attention.scaling
         self._head_norms = _head_norms(attention)
-        self._input_norm = _Norm(layer.input_layernorm)
-        self._qkv = _merged([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = _merged([attention.o_proj])
-        self._mlp_norm = _Norm(layer.post_attention_layernorm)
-        self._gate_up = _merged([mlp.gate_proj, mlp.up_proj])
-        self._down = _merged([mlp.down_proj])
+        self._input_norm = Norm(layer.input_layernorm)
+        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = Projection([attention.o_proj])
+        self._mlp_norm = Norm(layer.post_attention_layernorm)
+        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj], is_gated=True)
+        self._down = Projection([mlp.down_proj])
 
     def forward(
         self,
-        hidden_states: Tensor | _Stream,
+        hidden_states: Tensor | Stream,
         *,
         position_embeddings: _Rotation,
         dendrite_step: AttentionStep,
         **_: object,
-    ) -> _Stream:
+    ) -> Stream:
         """Take what the layer before gave, or the embeddings [1, num_rows, hidden_size], which are overwritten."""
         stream = hidden_states
         if isinstance(stream, Tensor):
-            stream = _Stream(stream[0].contiguous(), None)
-        stream.delta = self._out(self._attend(self._input_norm(stream), position_embeddings, dendrite_step))
-        stream.delta = self._down(silu_mul(self._gate_up(self._mlp_norm(stream))))
+            stream = Stream(stream[0].contiguous(), None)
+        qkv = self._qkv.of_normed(stream, self._input_norm)
+        self._out.add_to(stream, self._attend(qkv, position_embeddings, dendrite_step))
+        self._down.add_to(stream, self._gate_up.gated(stream, self._mlp_norm))
         return stream
 
-    def _attend(self, normed: Tensor, rotation: _Rotation, step: AttentionStep) -> Tensor:
-        # [num_rows, hidden_size] -> [num_rows, num_heads * head_dim]
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The products, in the order in which they run."""
+        return self._qkv, self._out, self._gate_up, self._down
+
+    def run_products(self, stream: Stream) -> None:
+        """All but the attention, whose output is taken to be the unrotated queries; for measuring."""
+        qkv = self._qkv.of_normed(stream, self._input_norm)
+        self._out.add_to(stream, qkv[:, : self._out.weight.shape[1]].contiguous())
+        self._down.add_to(stream, self._gate_up.gated(stream, self._mlp_norm))
+
+    def _attend(self, qkv: Tensor, rotation: _Rotation, step: AttentionStep) -> Tensor:
+        # -> [num_rows, num_heads * head_dim]
         query = rotate_and_keep(
-            self._qkv(normed),
+            qkv,
             rotation.cos,
             rotation.sin,
             positions=rotation.positions,
@@ -154,25 +142,6 @@ class _FusedLayer(nn.Module):
             head_norms=self._head_norms,
         )
         return step.attend_kept(self._layer_idx, query, self._scale).flatten(1)
-
-
-class _Linear:
-    """`x @ weight.T + bias`, on a weight that is no parameter of any module."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-def _merged(linears: Sequence[nn.Linear]) -> _Linear:
-    """One layer that computes several over the same input, their outputs side by side; the parts are freed."""
-    weights = [linear.weight.detach() for linear in linears]
-    biases = biases_of(linears)
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    return _Linear(weight, torch.cat(biases).detach() if biases else None)
 
 
 def _head_norms(attention: llama.LlamaAttention) -> tuple[Tensor, Tensor, float] | None:

@@ -52,6 +52,29 @@ def test_a_fused_model_runs_a_tree_as_transformers_runs_its_paths(family: str, d
         torch.testing.assert_close(runner.logits(hidden).cpu(), logits, rtol=1e-3, atol=1e-3)
 
 
+def test_few_rows_through_kernels_change_nothing(device: torch.device) -> None:
+    """With its products in the kernels for few rows, one row alone and several, a model computes the same."""
+    from dendrite.engine.kernels.linear import Tiling
+
+    register_attention()
+    config = tiny_config("qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_key_value_heads=1)
+    reference = tiny_model(copy.deepcopy(config))
+    model = tiny_model(config).to(device=device)  # type: ignore[call-arg]
+    spec = spec_of(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    assert fused(model)
+    for layer in model.get_decoder().layers:
+        for projection in layer.projections:
+            projection.tilings = {1: Tiling(16, 32, 4, 1), 16: Tiling(32, 32, 4, 3, 64)}
+    runner = TorchRunner(model, spec, kv_memory=801 * spec.bytes_per_token, block_size=4, attention=ReferenceAttention)
+    tree = PackedTree(runner, random.Random(5), depth=1)
+    tree.run(1 if device.type == "cuda" else 15)
+    tree.root.children.append(tree._grow(len(tree.root.tokens), 0))
+    tree.run(1)
+    for tokens, hidden in tree.paths():
+        torch.testing.assert_close(hidden.cpu(), plain(reference, tokens)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:
     """Of the layers' parameters none is left: their weights live in the merged ones alone."""
     model = tiny_model(EXACT["qwen3"]()).to(device=device)  # type: ignore[call-arg]
