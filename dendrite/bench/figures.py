@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dendrite.bench.machine import Machine
 
@@ -28,6 +29,8 @@ class Figure:
     """What was aimed at, as text: `≤ 10`, `ratio ≥ 2`."""
     is_met: bool | None = None
     note: str = ""
+    floor: float | None = None
+    """The least that the device allows, in the same unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,18 @@ class Result:
         """Plain values for `json.dumps`."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Result:
+        """The result that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError: it is none.
+        """
+        machine = Machine(**values["machine"])
+        figures = tuple(Figure(**found) for found in values["figures"])
+        rest = {name: values[name] for name in ("benchmark", "model", "seconds")}
+        return cls(machine=machine, figures=figures, notes=tuple(values["notes"]), **rest)
+
 
 def figure(
     workload: str,
@@ -58,6 +73,7 @@ def figure(
     at_most: float | None = None,
     ratio_at_least: float | None = None,
     note: str = "",
+    floor: float | None = None,
 ) -> Figure:
     """A figure of samples, held to at most one goal.
 
@@ -71,6 +87,7 @@ def figure(
         at_most: the goal for the median.
         ratio_at_least: the goal for the ratio.
         note: for the reader.
+        floor: see `Figure.floor`.
     """
     median = statistics.median(samples)
     goal, is_met = "", None
@@ -78,6 +95,5 @@ def figure(
         goal, is_met = f"≤ {at_most:g} {unit}".strip(), median <= at_most
     elif ratio_at_least is not None and ratio is not None:
         goal, is_met = f"ratio ≥ {ratio_at_least:g}", ratio >= ratio_at_least
-    return Figure(
-        workload, engine, name, unit, median, min(samples), max(samples), len(samples), ratio, goal, is_met, note
-    )
+    spread = (min(samples), max(samples), len(samples))
+    return Figure(workload, engine, name, unit, median, *spread, ratio, goal, is_met, note, floor)

@@ -7,13 +7,14 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dendrite.bench.figures import Figure, Result, figure
 from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.rounds import Progress
+from dendrite.bench.subject import Subject
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 
@@ -39,25 +40,42 @@ class ForkTimes:
     """The 99th percentile of each batch: calls that met a step at its bookkeeping."""
 
 
-def bench_fork(model: str, *, num_batches: int = 20, progress: Progress) -> Result:
-    """Measure forks on a loaded model.
+def bench_fork(subject: Subject, *, num_batches: int = 20, progress: Progress) -> Result:
+    """Measure forks on a model or a shape.
 
     Args:
-        model: as `Engine.load` takes it; contexts longer than its own are left out.
+        subject: what is measured; contexts longer than its own are left out.
         num_batches: how many hundreds of calls for each parent.
         progress: told what runs now.
 
     Raises:
-        ModelError: as `Engine.load` does.
+        ModelError: as `Subject.engine` does.
     """
     began = time.monotonic()
     loads = [others_load()]
-    with Engine.load(model) as engine:
-        figures = [*_times(engine, num_batches, progress), *_blocks(engine, progress)]
+    with subject.engine() as engine:
+        figures = fork_figures(engine, num_batches, progress)
         name = engine.name
     loads.append(others_load())
     notes = (f"one sample is the median of {BATCH} calls", *load_note(loads))
-    return Result("fork", name, this_machine(), tuple(figures), notes, time.monotonic() - began)
+    machine = this_machine(subject.device_type)
+    return Result("fork", name, machine, tuple(figures), notes, time.monotonic() - began)
+
+
+def fork_figures(engine: Engine, num_batches: int, progress: Progress) -> list[Figure]:
+    """Everything about forks, on a loaded engine."""
+    return [*_times(engine, num_batches, progress), *_blocks(engine, progress)]
+
+
+def slowest_forks(figures: Sequence[Figure]) -> Iterator[Figure]:
+    """The short form: the slowest parent's fork, idle and stepping, and what children hold."""
+    for state in ("idle", "stepping"):
+        forks = [found for found in figures if found.name == "fork" and found.workload.endswith(f", {state}")]
+        slowest = max(forks, key=lambda found: found.median)
+        yield replace(slowest, workload=f"fork: slowest of {len(forks)} parents, {state}", note=slowest.workload)
+    for found in figures:
+        if found.unit == "blocks":
+            yield replace(found, workload=f"fork: {found.workload}")
 
 
 def _times(engine: Engine, num_batches: int, progress: Progress) -> Iterator[Figure]:

@@ -12,6 +12,8 @@ from pathlib import Path
 BUSY = 0.15
 """Share of the processors that others may use before figures are marked."""
 LISTEN_SECONDS = 1.0
+GPU_PACKAGES = ("triton", "flashinfer-python")
+"""What the GPU's kernels come from, where it is installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +25,38 @@ class Machine:
     num_threads: int
     """Of PyTorch's parallel regions."""
     versions: dict[str, str]
+    gpu: str = ""
+    """The GPU that was used, with its memory; empty where none was."""
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.processor}, {self.num_cores} cores, {self.num_threads} threads; {versions}"
+        gpu = f"{self.gpu}; " if self.gpu else ""
+        return f"{gpu}{self.processor}, {self.num_cores} cores, {self.num_threads} threads; {versions}"
 
 
-def this_machine() -> Machine:
-    """The machine this runs on."""
+def this_machine(device: str = "cpu") -> Machine:
+    """The machine this runs on.
+
+    Args:
+        device: "cpu" or "cuda"; with the latter its GPU is named, and what drives it.
+    """
     import torch  # noqa: PLC0415 - peers in other environments import this package without it
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = metadata.version("transformers")
-    return Machine(_processor(), os.cpu_count() or 1, torch.get_num_threads(), versions)
+    gpu = ""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+        versions |= {name: version for name in GPU_PACKAGES if (version := _version(name))}
+    return Machine(_processor(), os.cpu_count() or 1, torch.get_num_threads(), versions, gpu)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def others_load() -> float | None:

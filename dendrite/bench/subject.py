@@ -52,6 +52,18 @@ class Subject:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
         return config
 
+    @property
+    def device_type(self) -> str:
+        """What the device comes to: "cpu" or "cuda".
+
+        Raises:
+            ModelError: there is no GPU.
+        """
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
+            raise ModelError("device 'cuda' was asked for, but PyTorch sees no CUDA device: use device='cpu'")
+        return "cuda" if self.device == "cuda" or (self.device == "auto" and has_gpu) else "cpu"
+
     @contextmanager
     def engine(self) -> Iterator[Engine]:
         """An engine over it. At the end all that it held on the device is given back.
@@ -69,17 +81,13 @@ class Subject:
 
     def _load(self) -> Engine:
         assert self.model is not None
-        return Engine.load(self.model, dtype=self.dtype, device=self.device, kv_memory=self.kv_memory)
+        return Engine.load(self.model, dtype=self.dtype, device=self.device_type, kv_memory=self.kv_memory)
 
 
 def _of_shape(shape: str, subject: Subject) -> Engine:
     dtype = "bfloat16" if subject.dtype == "auto" else subject.dtype
-    config = EngineConfig.of(dtype=dtype, device=subject.device, kv_memory=subject.kv_memory)
-    name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' was asked for, but PyTorch sees no CUDA device: use device='cpu'")
-    device = torch.device("cpu" if name == "auto" else name)
-    model = random_model(config_of(shape), dtype=dtype, device=device)
+    config = EngineConfig.of(dtype=dtype, device=subject.device_type, kv_memory=subject.kv_memory)
+    model = random_model(config_of(shape), dtype=dtype, device=torch.device(subject.device_type))
     spec = checked_spec(subject.name, model, dtype)
     eos = model.config.eos_token_id
     return Engine.of(model, spec, WordlessTokenizer(spec.vocab_size, frozenset([eos])), config)

@@ -1,6 +1,11 @@
-"""A result for people: a table on the terminal, or the same in Markdown."""
+"""A result for people: a table on the terminal, or the same in Markdown.
+
+Two forms: one line a figure, and, for the suite, one line a case with the engines side by side.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -11,7 +16,7 @@ HEADINGS = ("workload", "engine", "figure", "median", "range", "unit", "ratio", 
 
 def as_table(result: Result) -> Table:
     """The figures as a rich table, its caption naming the machine."""
-    table = Table(title=f"dendrite bench {result.benchmark} · {result.model}", caption=str(result.machine))
+    table = _empty(result)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading in {"median", "range", "ratio"} else "left")
     engines = {figure.engine for figure in result.figures}
@@ -27,7 +32,66 @@ def as_table(result: Result) -> Table:
 
 def as_markdown(result: Result) -> str:
     """The figures as a Markdown table, with the machine and the notes below."""
-    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(_cells(figure)) for figure in result.figures)]
+    return _markdown(result, HEADINGS, [_cells(figure) for figure in result.figures])
+
+
+def as_comparison(result: Result) -> Table:
+    """One line a case, the engines side by side."""
+    table = _empty(result)
+    headings, rows = _side_by_side(result.figures)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in {"case", "figure", "goal"} else "right")
+    previous = ""
+    for row in rows:
+        workload = row[0].partition(":")[0]
+        if previous and workload != previous:
+            table.add_section()
+        table.add_row(*row, style="red" if row[-1].endswith("missed") else None)
+        previous = workload
+    return table
+
+
+def as_markdown_comparison(result: Result) -> str:
+    """The same as Markdown, with the machine and the notes below."""
+    return _markdown(result, *_side_by_side(result.figures))
+
+
+def _side_by_side(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: ours with its distance from the floor, each peer with how many times as well we did."""
+    engines = list(dict.fromkeys(figure.engine for figure in figures))
+    found: dict[tuple[str, str], dict[str, Figure]] = {}
+    for figure in figures:
+        found.setdefault((figure.workload, figure.name), {})[figure.engine] = figure
+    has_floor = any(figure.floor for figure in figures)
+    headings = ["case", "figure", *engines, *(["floor", "÷ floor"] if has_floor else []), "goal"]
+    rows = []
+    for (workload, name), by_engine in found.items():
+        first = next(iter(by_engine.values()))
+        label = f"{name}, {first.unit}" if first.unit else name
+        cells = [_beside(by_engine.get(engine)) for engine in engines]
+        floor = [_number(first.floor), f"{first.median / first.floor:.2f}"] if first.floor else ["", ""]
+        rows.append([workload, label, *cells, *(floor if has_floor else []), _verdict(first)])
+    return headings, rows
+
+
+def _beside(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    return _number(figure.median) + (f" ({figure.ratio:.2f}×)" if figure.ratio is not None else "")
+
+
+def _verdict(figure: Figure) -> str:
+    if figure.is_met is None:
+        return figure.goal
+    return f"{figure.goal.removesuffix(figure.unit).strip()} {'met' if figure.is_met else 'missed'}"
+
+
+def _empty(result: Result) -> Table:
+    return Table(title=f"dendrite bench {result.benchmark} · {result.model}", caption=str(result.machine))
+
+
+def _markdown(result: Result, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_line(headings), _line(["---"] * len(headings)), *map(_line, rows)]
     lines += ["", f"`{result.model}` on {result.machine}; {result.seconds:,.0f} s in all."]
     lines += [f"- {note}" for note in result.notes]
     return "\n".join(lines)
@@ -51,7 +115,7 @@ def _cells(figure: Figure) -> list[str]:
     ]
 
 
-def _line(cells: list[str] | tuple[str, ...]) -> str:
+def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dendrite.cli import suite
 from dendrite.cli.console import errors_shown
+from dendrite.cli.suite import Device, Shape, lengths
 
 if TYPE_CHECKING:  # the command line starts without it
     from dendrite.bench.figures import Result
@@ -31,17 +33,21 @@ def bench() -> None:
 def fork(
     model: Model = DEFAULT_MODEL,
     *,
+    shape: Shape = None,
+    device: Device = "auto",
     batches: Annotated[int, typer.Option(min=1, help="Hundreds of calls for each parent.")] = 20,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Time forks and prunes at many lengths and depths, idle and while the engine steps; count blocks."""
     from dendrite.bench.fork import bench_fork
+    from dendrite.bench.subject import Subject
     from dendrite.cli.progress import progress_line
 
     with errors_shown():
+        subject = Subject(None if shape else model, shape, device=device)
         with progress_line() as progress:
-            result = bench_fork(model, num_batches=batches, progress=progress)
+            result = bench_fork(subject, num_batches=batches, progress=progress)
         _show(result, json_file, markdown=markdown)
 
 
@@ -72,7 +78,7 @@ def tree(
     settings = TreeSettings(
         num_branches=branches,
         num_tokens=tokens,
-        prefixes=_lengths(prefix),
+        prefixes=_prefixes(prefix),
         dtype=dtype,
         peers=tuple(name for name in peer or ["hf"] if name != "none"),
         peer_python=peer_python,
@@ -86,14 +92,13 @@ def tree(
         _show(result, json_file, markdown=markdown)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no list of lengths: give such as 512,2048") from error
-    if min(lengths) < 1:
-        raise typer.BadParameter("a prompt has 1 token or more")
-    return lengths
+suite.add_to(app, DEFAULT_MODEL)
+
+
+def _prefixes(text: str) -> tuple[int, ...]:
+    if not text:
+        raise typer.BadParameter("give a prefix, such as 512,2048")
+    return lengths(text)
 
 
 def _show(result: Result, json_file: Path | None, *, markdown: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from dendrite.dsl.operations import (
     Fork,
     Generate,
     Loop,
+    Merge,
     Observe,
     Open,
     Operations,
@@ -54,13 +55,21 @@ class Lowered:
     """The type of its state; `object` where no function says."""
 
 
-def lower(parts: Sequence[object], strategy: Strategy, *, on_error: OnError, names: Mapping[str, object]) -> Lowered:
+def lower(
+    parts: Sequence[object],
+    strategy: Strategy,
+    *,
+    on_error: OnError,
+    merge: Callable[..., Hashable] | None = None,
+    names: Mapping[str, object],
+) -> Lowered:
     """Check a program and turn it into operations.
 
     Args:
         parts: what the user gave to `compile`.
         strategy: drives the loop.
         on_error: checked here, used by the run.
+        merge: gives nodes the keys that tell equal ones.
         names: local names of the caller, for annotations of local classes.
 
     Raises:
@@ -78,7 +87,9 @@ def lower(parts: Sequence[object], strategy: Strategy, *, on_error: OnError, nam
     scores = [_score(part) for part in collected if isinstance(part.mark, ScoreMark)]
     select = _select(_at_most_one(collected, PruneMark))
     signed = [(part.function, part.signature) for part in collected if part.function and part.signature]
-    state = common_state([*signed, *_conditions(expands, names)])
+    key, vote = (None if call is None else Function.of(call) for call in (merge, strategy.vote))
+    helpers = [(helper, signature_of(helper, names)) for helper in (*_conditions(expands), key, vote) if helper]
+    state = common_state([*signed, *helpers])
     facts = ProgramFacts(
         has_score=bool(scores),
         has_observe=observe is not None,
@@ -88,8 +99,9 @@ def lower(parts: Sequence[object], strategy: Strategy, *, on_error: OnError, nam
     strategy.check(facts)
     body: list[Expansion] = [Propose(tuple(_source(part) for part in expands)), Append(), Fork(), Generate()]
     body += [_observe(observe)] if observe else []
+    body += [Merge(key)] if key else []
     body += scores
-    return Lowered((Open(), Loop(strategy, tuple(body), select, Release()), Return()), state)
+    return Lowered((Open(), Loop(strategy, tuple(body), select, Release(), vote), Return()), state)
 
 
 def _collected(part: object, names: Mapping[str, object]) -> Part:
@@ -129,11 +141,10 @@ def _at_most_one(parts: Sequence[Part], kind: type[AnyMark]) -> Part | None:
     return found[0] if found else None
 
 
-def _conditions(expands: Sequence[Part], names: Mapping[str, object]) -> list[tuple[Function, Signature]]:
+def _conditions(expands: Sequence[Part]) -> list[Function]:
     """The `when=` functions, which take nodes too."""
     marks = [part.mark for part in expands if isinstance(part.mark, ExpandMark)]
-    conditions = [Function.of(mark.when) for mark in marks if mark.when is not None]
-    return [(condition, signature_of(condition, names)) for condition in conditions]
+    return [Function.of(mark.when) for mark in marks if mark.when is not None]
 
 
 def _source(part: Part) -> Source:

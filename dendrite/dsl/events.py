@@ -13,7 +13,23 @@ if TYPE_CHECKING:  # a result holds nodes and events hold results
     from dendrite.dsl.result import Result
 
 EventKind = Literal[
-    "opened", "expanded", "rejected", "dropped", "observed", "scored", "goal", "frontier", "round", "pruned", "done"
+    "opened",
+    "proposed",
+    "forked",
+    "expanded",
+    "rejected",
+    "merged",
+    "dropped",
+    "observed",
+    "scored",
+    "goal",
+    "frontier",
+    "round",
+    "reflected",
+    "voted",
+    "told",
+    "pruned",
+    "done",
 ]
 
 
@@ -25,15 +41,31 @@ class Event(Generic[S]):
             if event.kind == "scored":
                 print(event.node.depth, event.node.value, event.node.text)
 
-    Kinds, in the order they come in a round: `opened` (the root), `expanded` (a child was made), `observed`,
-    `rejected` (by the user's `@observe`), `dropped` (a function failed on it, or the budget ended in one), `scored`,
-    `goal`, `frontier` (`nodes` wait for the choice who goes on), `round` (`nodes` survived it, `node` is the best so
-    far), `pruned`, and once at the end `done` (with the `result`, and the best node).
+    | kind | comes when |
+    |---|---|
+    | `opened` | the root is there |
+    | `proposed` | `@expand` said what children of `node` continue: the cue, or a child's own text, in `detail` |
+    | `forked` | a child has its branch |
+    | `expanded` | a child's text is complete |
+    | `rejected`, `merged`, `dropped` | `@observe` rejected it; an earlier node has its key; a function failed, or
+      the budget ended. Why is in `detail` |
+    | `observed`, `scored` | a child has its state; has its value |
+    | `goal` | a goal was told to the strategy |
+    | `frontier` | `nodes` wait for the choice who goes on |
+    | `round` | `nodes` survived that choice; `node` is the best so far |
+    | `reflected` | the model reflected on `node`: what it said is in `detail` |
+    | `voted` | `nodes` have voted |
+    | `told` | the strategy has taken in what came of an ask about `node`, and said what is asked next |
+    | `pruned` | the search let go of a node |
+    | `done` | once, at the end: with the `result`, and the best node |
+
+    Children that are under way together tell of themselves as they go on; everything a strategy is told comes in the
+    order it asked.
     """
 
     kind: EventKind
     node: Node[S]
     nodes: Sequence[Node[S]] = ()
     detail: str = ""
-    """Why a node was rejected or dropped."""
+    """What there is to say, as the table has it."""
     result: Result[S] | None = None

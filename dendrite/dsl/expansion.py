@@ -1,216 +1,158 @@
-"""Making children: Propose, Append, Fork and Generate, over all nodes of a wave at once.
+"""One expansion: Propose, Append and Fork for a node, then Generate, Observe, Merge and Score for each child.
 
-node ── cue (one fork) ──┬── child      siblings share the K/V of their cue
-                         ├── child
-                         └── child
+node ── cue (one fork) ──┬── child ─► generate ─► observe ─► score      siblings share the K/V of their cue;
+                         ├── child ─► generate ─────────► observe …     each goes on as soon as it is done
+                         └── child ─► …
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeGuard
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from dendrite.dsl.functions import Function, OutOfBudget, run_each, together
-from dendrite.dsl.node import Node, Sampling, Step
-from dendrite.dsl.operations import Source
-from dendrite.dsl.records import Child, Gen, Reject
+from dendrite.dsl import judging
+from dendrite.dsl.functions import OutOfBudget, joined
+from dendrite.dsl.node import Sampling, Step
+from dendrite.dsl.operations import Expansion, Loop, Merge, Observe, Score
+from dendrite.dsl.proposals import Proposal, drawn, propose
 from dendrite.dsl.run import Run, append_prompt
-from dendrite.dsl.types import Prompt, StepId, is_prompt, shown
-from dendrite.engine.errors import CallbackError, ProgramError
+from dendrite.dsl.strategies.base import Expand
+from dendrite.dsl.turns import Turn
+from dendrite.dsl.types import shown
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
     from dendrite.engine.branch import Branch
 
 
-@dataclass(slots=True, kw_only=True)
-class Proposal:
-    """What some children of a node continue: `width` generated ones, or one that the user made."""
+async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> list[Step]:
+    """Make the children that a strategy asked for; all of them, those that were rejected or dropped too.
 
-    parent: Step
-    cue: Prompt
-    """For a child that the user made, its text."""
-    is_made: bool = False
-    state: object
-    prior: float
-    width: int = 1
-    sampling: Sampling
-    seed: int | None = None
-    branch: Branch | None = None
-    """A fork of the parent with the cue appended; None where there is none to append."""
-
-
-@dataclass(slots=True)
-class Wave:
-    """The expansions that run together."""
-
-    parents: list[Step]
-    proposals: list[Proposal] = field(default_factory=list)
-    growing: list[tuple[Step, Sampling]] = field(default_factory=list)
-    """Children whose text is still to be generated."""
-    children: list[Step] = field(default_factory=list)
-    """In the order of their parents and proposals; shrinks as some are rejected or dropped."""
-
-    def families(self) -> dict[StepId, list[Step]]:
-        """The children of each parent."""
-        families: dict[StepId, list[Step]] = {parent.id: [] for parent in self.parents}
-        for child in self.children:
-            assert child.parent is not None, "a child has a parent"
-            families[child.parent.id].append(child)
-        return families
+    Args:
+        run: what they belong to.
+        loop: the program's.
+        ask: the node, and how many children.
+        turn: children are forked in the order asked, so that their numbers and what a budget grants them are the same
+            in every run.
+    """
+    parent = run.steps[ask.node]
+    children: list[Step] = []
+    try:
+        proposals = await propose(run, loop.sources, parent)
+        await turn.come()
+        if ask.width is not None:
+            seed = run.seed_for(parent, "draw", parent.num_proposals)
+            proposals = drawn(proposals, ask.width, made=parent.made, seed=seed)
+        async with joined() as group:
+            for proposal in proposals:
+                await _start(run, loop.body, parent, proposal, children=children, group=group)
+            turn.end()
+            run.leave(turn)
+            if run.wants_logprobs:
+                await _weigh(run, parent, [step for step in children if step.is_made])
+    finally:
+        turn.end()
+        run.leave(turn)
+        for step in children:  # some may not have started growing
+            step.turn.end()
+            run.leave(step)
+    return children
 
 
-async def propose(run: Run, sources: Sequence[Source], wave: Wave) -> None:
-    """Ask every source about every node; proposals in the order of nodes, then sources."""
-    answers = [await _answers(source, wave.parents) for source in sources]
-    for index, parent in enumerate(wave.parents):
-        for source, given in zip(sources, answers, strict=True):
-            wave.proposals += _proposals(run, source, parent, given[index])
-
-
-async def _answers(source: Source, parents: Sequence[Step]) -> list[object]:
-    """What the source says of each parent; an empty list where `when=` leaves it out."""
-    nodes = [Node(parent) for parent in parents]
-    wanted: list[object] = [True] * len(nodes)
-    if source.when is not None:
-        wanted = await run_each(source.when, nodes)
-    chosen = [node for node, is_wanted in zip(nodes, wanted, strict=True) if is_wanted and not _failed(is_wanted)]
-    said = iter([source.cue] * len(chosen) if source.function is None else await run_each(source.function, chosen))
-    return [is_wanted if _failed(is_wanted) else next(said) if is_wanted else [] for is_wanted in wanted]
-
-
-def _failed(answer: object) -> TypeGuard[CallbackError | Reject | OutOfBudget]:
-    return isinstance(answer, CallbackError | Reject | OutOfBudget)
-
-
-def _not_expanded(run: Run, parent: Step, failure: CallbackError | Reject | OutOfBudget) -> None:
-    if isinstance(failure, CallbackError) and run.on_error == "raise":
-        raise failure
-    run.emit("dropped", parent, str(failure))
-
-
-def _proposals(run: Run, source: Source, parent: Step, answer: object) -> list[Proposal]:
-    if _failed(answer):
-        _not_expanded(run, parent, answer)
-        return []
-    if isinstance(answer, Gen):
-        _refuse_constraint(source.function, answer)
-        return [_generated(source, parent, answer.cue, answer.max_tokens)]
-    if _is_children(answer):
-        return [_made(source, parent, child) for child in answer]
-    if is_prompt(answer):
-        return [_generated(source, parent, answer, None)]
-    assert source.function is not None, "a constant cue was checked by compile()"
-    failure = source.function.failed(f"returned {answer!r}, not a cue, a Gen or a list of Children", [Node(parent)])
-    _not_expanded(run, parent, failure)
-    return []
-
-
-def _is_children(answer: object) -> TypeGuard[Sequence[Child[object]]]:
-    return isinstance(answer, list | tuple) and all(isinstance(child, Child) for child in answer)
-
-
-def _refuse_constraint(function: Function | None, gen: Gen) -> None:
-    if gen.constraint is not None:
-        place = function.place if function else "expand"
-        raise ProgramError(
-            f"{place} returned a Gen with {gen.constraint}=: constraints come with a later version; until then "
-            "return dd.Child(...)ren of your own, or check the text in @observe and raise dd.Reject"
+async def _start(
+    run: Run,
+    body: Sequence[Expansion],
+    parent: Step,
+    proposal: Proposal,
+    *,
+    children: list[Step],
+    group: asyncio.TaskGroup,
+) -> None:
+    """Fork a proposal's children, as many as the budget allows, and let them grow."""
+    for branch in _forks(run, parent, proposal):
+        step = run.add_child(
+            parent,
+            branch,
+            cue="" if proposal.is_made else shown(proposal.cue),
+            text=str(proposal.cue) if proposal.is_made else None,
+            prior=proposal.prior,
+            state=proposal.state,
         )
+        children.append(step)
+        run.emit("forked", step)
+        sampling = None if proposal.is_made else proposal.sampling
+        if sampling is not None:
+            try:
+                sampling = replace(sampling, max_tokens=await run.meter.reserve_soon(sampling.max_tokens))
+            except OutOfBudget as failure:
+                step.turn.end()
+                run.fail(step, failure)
+                run.leave(step)
+                continue
+        group.create_task(_grow(run, body, step, sampling))
 
 
-def _generated(source: Source, parent: Step, cue: Prompt, max_tokens: int | None) -> Proposal:
-    sampling = source.sampling if max_tokens is None else replace(source.sampling, max_tokens=max_tokens)
-    return Proposal(
-        parent=parent, cue=cue, state=parent.state, prior=source.prior, width=source.width, sampling=sampling
-    )
-
-
-def _made(source: Source, parent: Step, child: Child[object]) -> Proposal:
-    return Proposal(
-        parent=parent,
-        cue=child.text,
-        is_made=True,
-        state=child.state,
-        prior=source.prior * child.prior,
-        sampling=source.sampling,
-    )
-
-
-def append(run: Run, wave: Wave) -> None:
-    """One fork of the node for every proposal that has something to append."""
-    for proposal in wave.proposals:
-        parent = proposal.parent
-        assert parent.branch is not None, "nodes of a run have branches"
-        proposal.seed = run.seed_for(parent, "expand", parent.num_proposals)
-        parent.num_proposals += 1
-        if proposal.cue:
-            (branch,) = parent.branch.fork(1, seed=proposal.seed)
-            proposal.branch = run.adopt(branch)
-            append_prompt(branch, proposal.cue)
-
-
-def fork(run: Run, wave: Wave) -> None:
-    """The children's branches and records, as many as the budget allows."""
-    for proposal in wave.proposals:
-        num = run.meter.take_nodes(proposal.width)
-        for branch in _forked(run, proposal, num):
-            step = run.add_child(
-                proposal.parent,
-                branch,
-                cue="" if proposal.is_made else shown(proposal.cue),
-                prior=proposal.prior,
-                state=proposal.state,
-            )
-            wave.children.append(step)
-            if proposal.is_made:
-                step.text = str(proposal.cue)
-                run.emit("expanded", step)
-            else:
-                wave.growing.append((step, proposal.sampling))
-
-
-def _forked(run: Run, proposal: Proposal, num: int) -> list[Branch]:
-    if proposal.branch is not None and num == 1 == proposal.width:
-        return [proposal.branch]
-    base = proposal.branch or proposal.parent.branch
-    assert base is not None, "nodes of a run have branches"
-    branches = [run.adopt(branch) for branch in base.fork(num, seed=proposal.seed)] if num else []
-    if proposal.branch is not None:
-        run.prune(proposal.branch)
+def _forks(run: Run, parent: Step, proposal: Proposal) -> Sequence[Branch]:
+    """The cue once, on a fork of the node; a fork of that for every child."""
+    num = run.meter.take_nodes(proposal.width)
+    seed = run.seed_for(parent, "expand", parent.num_proposals)
+    parent.num_proposals += 1
+    assert parent.branch is not None, "nodes of a run have branches"
+    if not num:
+        return []
+    if not proposal.cue:
+        return [run.adopt(branch) for branch in parent.branch.fork(num, seed=seed)]
+    (base,) = (run.adopt(branch) for branch in parent.branch.fork(1, seed=seed))
+    append_prompt(base, proposal.cue)
+    if num == 1 == proposal.width:
+        return [base]
+    branches = [run.adopt(branch) for branch in base.fork(num, seed=seed)]
+    run.prune(base)
     return branches
 
 
-async def generate(run: Run, wave: Wave) -> None:
-    """Generate all growing children together; near the end of a budget of tokens, as many as it surely covers."""
-    queue = wave.growing
-    while queue:
-        batch: list[tuple[Step, Sampling]] = []
-        for step, sampling in queue:
-            granted = run.meter.reserve_tokens(sampling.max_tokens)
-            if not granted:
-                break
-            batch.append((step, replace(sampling, max_tokens=granted)))
-        if not batch:
-            break
-        await _generate_batch(run, batch)
-        queue = queue[len(batch) :]
-    for step, _ in queue:
-        run.fail(step, OutOfBudget("the budget of tokens ended"))
-        wave.children.remove(step)
+async def _weigh(run: Run, parent: Step, made: Sequence[Step]) -> None:
+    """How likely the model finds the children that the user made: one pass over all of them."""
+    worded = [step for step in made if step.text]
+    if worded:
+        assert parent.branch is not None, "nodes of a run have branches"
+        read = await run.desk.score(parent.branch, [step.text for step in worded], priority=parent.priority)
+        for step, logprobs in zip(worded, read, strict=True):
+            step.logprob = sum(logprobs) / len(logprobs)
 
 
-async def _generate_batch(run: Run, batch: Sequence[tuple[Step, Sampling]]) -> None:
-    groups: dict[Sampling, list[Step]] = {}
-    for step, sampling in batch:
-        groups.setdefault(sampling, []).append(step)
-    await together([_generate_group(run, steps, sampling) for sampling, steps in groups.items()])
-    for step, _ in batch:
+async def _grow(run: Run, body: Sequence[Expansion], step: Step, sampling: Sampling | None) -> None:
+    """One child from its fork to its value."""
+    try:
+        if sampling is not None:
+            await _generate(run, step, sampling)
         run.emit("expanded", step)
+        for operation in body:
+            if isinstance(operation, Observe):
+                await judging.observe(run, operation, step)
+            elif isinstance(operation, Merge) and run.is_live(step):
+                await step.turn.come()
+                await judging.merge(run, operation, step)
+        step.turn.end()
+        scores = [operation for operation in body if isinstance(operation, Score)]
+        if scores and run.is_live(step):
+            await judging.score(run, scores, step)
+        run.meter.look()
+    finally:
+        step.turn.end()
+        run.leave(step)
 
 
-async def _generate_group(run: Run, steps: Sequence[Step], sampling: Sampling) -> None:
-    branches = [step.branch for step in steps if step.branch is not None]
-    for step, generation in zip(steps, await run.generate(branches, sampling), strict=True):
-        step.text = generation.text
-        run.meter.settle_tokens(sampling.max_tokens, len(generation.token_ids))
+async def _generate(run: Run, step: Step, sampling: Sampling) -> None:
+    assert step.branch is not None, "nodes of a run have branches"
+    used = 0
+    try:
+        generation = await run.desk.generate(step.branch, sampling, priority=step.priority)
+        used = len(generation.token_ids)
+    finally:
+        run.meter.settle_tokens(sampling.max_tokens, used)
+    step.text = generation.text
+    logprobs = generation.logprobs
+    step.logprob = sum(logprobs) / len(logprobs) if logprobs else None
+    run.meter.look()

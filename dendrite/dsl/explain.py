@@ -12,6 +12,7 @@ from dendrite.dsl.operations import (
     Fork,
     Generate,
     Loop,
+    Merge,
     Observe,
     Operations,
     Propose,
@@ -35,15 +36,15 @@ def explained(operations: Operations, *, on_error: OnError) -> str:
 def _loop(loop: Loop) -> Iterator[str]:
     yield f"loop     {loop.strategy}"
     for operation in loop.body:
-        for line in _lines(operation, loop.body):
+        for line in _lines(operation, loop.sources):
             yield "  " + line
     yield f"  select   {_selection(loop.select)}"
     yield "  release  prune the branches of all others"
 
 
-def _lines(operation: Expansion, body: tuple[Expansion, ...]) -> Iterator[str]:
+def _lines(operation: Expansion, sources: tuple[Source, ...]) -> Iterator[str]:
     match operation:
-        case Propose(sources):
+        case Propose():
             for source in sources:
                 yield f"propose  {_source(source)}"
         case Append():
@@ -51,20 +52,18 @@ def _lines(operation: Expansion, body: tuple[Expansion, ...]) -> Iterator[str]:
         case Fork():
             yield "fork     one branch a child"
         case Generate():
-            samplings = dict.fromkeys(source.sampling for source in _sources(body))
-            yield f"generate all in one batch, {'; '.join(map(_sampling, samplings))}"
+            samplings = dict.fromkeys(source.sampling for source in sources)
+            yield f"generate in one batch, {'; '.join(map(_sampling, samplings))}"
         case Observe(function, concurrency):
             at_once = "" if concurrency is None else f", at most {concurrency} at once"
             yield f"observe  {_function(function)}{at_once}"
+        case Merge(key):
+            yield f"merge    nodes of one key, {_function(key)}: the first is kept"
         case Score(function, takes_many, batch, weight):
             how = "" if weight == 1 else f", times {weight:g}"
             if takes_many:
                 how += ", all nodes in one call" if batch is None else f", {batch} nodes a call"
             yield f"score    {_function(function)}{how}"
-
-
-def _sources(body: tuple[Expansion, ...]) -> tuple[Source, ...]:
-    return next(operation.sources for operation in body if isinstance(operation, Propose))
 
 
 def _source(source: Source) -> str:

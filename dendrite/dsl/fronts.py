@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -27,7 +28,11 @@ class Waiter:
     def wait(self, work: Coroutine[object, object, T]) -> T:
         """Run `work` and return what it returns; Ctrl-C cancels it and is raised once it has cleaned up."""
         if self._thread is None:
-            return self._runner.run(work, context=self._context)
+            try:
+                return self._runner.run(work, context=self._context)
+            except KeyboardInterrupt:
+                self._end_tasks()
+                raise
         task: asyncio.Task[T] | None = None
 
         async def watched() -> T:
@@ -43,6 +48,15 @@ class Waiter:
                 self._runner.get_loop().call_soon_threadsafe(task.cancel)
                 future.exception()
             raise
+
+    def _end_tasks(self) -> None:
+        """Let everything clean up: a second Ctrl-C is raised in whatever task runs, past those that would."""
+        loop = self._runner.get_loop()
+        while tasks := asyncio.all_tasks(loop):
+            for task in tasks:
+                task.cancel()
+            with suppress(KeyboardInterrupt):
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     def close(self) -> None:
         """End the event loop; calling again is fine."""

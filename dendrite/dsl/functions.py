@@ -1,7 +1,7 @@
 """A user's function inside a program: what it is called, where it stands, and how it is run.
 
-Synchronous functions are called directly between the engine's steps, never in a thread: a busy Python thread beside a
-step on the CPU slows the step many times over. Asynchronous ones run together on the caller's event loop.
+Synchronous functions are called directly, on the thread that runs the search, and never in one of their own: a busy
+Python thread beside a step on the CPU slows the step. Asynchronous ones run together on the caller's event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -107,26 +108,6 @@ def named(nodes: Sequence[Node[object]]) -> str:
     return f"node {nodes[0].name} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
 
 
-async def run_each(
-    function: Function, nodes: Sequence[Node[object]], *, concurrency: int | None = None
-) -> list[object]:
-    """Call `function` once for each node; answers in order.
-
-    An answer is what it returned, or the `CallbackError`, `Reject` or `OutOfBudget` that it ended with instead.
-    Synchronous calls go one after the other. Asynchronous ones run at the same time, at most `concurrency` of them.
-    Any other error is raised, and ends them all.
-    """
-    if not function.is_async:
-        return [await answer(function, node, [node]) for node in nodes]
-    limit = asyncio.Semaphore(concurrency or max(1, len(nodes)))
-
-    async def one(node: Node[object]) -> object:
-        async with limit:
-            return await answer(function, node, [node])
-
-    return await together([one(node) for node in nodes])
-
-
 async def answer(function: Function, argument: object, nodes: Sequence[Node[object]]) -> object:
     """`function.run`, where a failure of the function is an answer too."""
     try:
@@ -137,12 +118,19 @@ async def answer(function: Function, argument: object, nodes: Sequence[Node[obje
 
 async def together(coroutines: Iterable[Coroutine[object, object, T]]) -> list[T]:
     """Run coroutines at the same time; results in order. The first failure cancels the others and is raised."""
+    async with joined() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def joined() -> AsyncGenerator[asyncio.TaskGroup]:
+    """A task group whose first failure is raised as it is."""
     failure: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+            yield group
     except BaseExceptionGroup as failures:
         failure = failures.exceptions[0]
     if failure is not None:
         raise failure  # out here, so that its own cause stays what it was
-    return [task.result() for task in tasks]

@@ -1,46 +1,41 @@
-"""Judging children: Observe, Score and Select. Users' functions run here, between the engine's steps."""
+"""Judging one child: Observe, Merge and Score. Users' functions run here, on the thread that runs the search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import SupportsFloat
 
 from dendrite.dsl.choice import Choice
-from dendrite.dsl.expansion import Wave
-from dendrite.dsl.functions import Function, OutOfBudget, answer, run_each, together
+from dendrite.dsl.functions import Function, OutOfBudget, answer, together
 from dendrite.dsl.node import Node, Step
-from dendrite.dsl.operations import Observe, Score, Select
+from dendrite.dsl.operations import Merge, Observe, Score
 from dendrite.dsl.records import Outcome, Reject
 from dendrite.dsl.run import Run, append_prompt
-from dendrite.dsl.types import shown
+from dendrite.dsl.types import Prompt, shown
 from dendrite.engine.errors import CallbackError
 
 Logprobs = list[list[float]]
+Number = float | CallbackError | OutOfBudget
 
 
-async def observe(run: Run, operation: Observe, wave: Wave) -> None:
-    """Give every child its state; drop those that were rejected."""
-    nodes = [Node(step) for step in wave.children]
-    answers = await run_each(operation.function, nodes, concurrency=operation.concurrency)
-    for step, said in zip(wave.children, answers, strict=True):
-        _observed(run, step, said)
-    wave.children = [step for step in wave.children if run.is_live(step)]
-
-
-def _observed(run: Run, step: Step, said: object) -> None:
+async def observe(run: Run, operation: Observe, step: Step) -> None:
+    """Give the child its state, or drop it."""
+    async with run.limit(operation.function, operation.concurrency):
+        said = await answer(operation.function, Node(step), [Node(step)])
     if isinstance(said, Reject):
         step.status = "rejected"
         run.release(step)
         run.emit("rejected", step, str(said))
-    elif isinstance(said, CallbackError | OutOfBudget):
+        return
+    if isinstance(said, CallbackError | OutOfBudget):
         run.fail(step, said)
-    elif isinstance(said, Outcome):
+        return
+    if isinstance(said, Outcome):
         _take_in(step, said)
-        run.emit("observed", step)
     else:
         step.state = said
-        run.emit("observed", step)
+    run.emit("observed", step)
 
 
 def _take_in(step: Step, outcome: Outcome[object]) -> None:
@@ -52,65 +47,47 @@ def _take_in(step: Step, outcome: Outcome[object]) -> None:
         step.status = "goal" if outcome.goal else "terminal"
 
 
-async def score(run: Run, operation: Score, wave: Wave) -> None:
-    """Add the function's score to the value of each child; of the first goal alone, if there is one."""
-    goal = next((step for step in wave.children if step.status == "goal"), None)
-    steps = wave.children if goal is None else [goal]
-    said = await (_many if operation.takes_many else _singly)(operation, steps)
-    numbers = await _numbers(run, operation.function, steps, said)
-    for step, number in zip(steps, numbers, strict=True):
+async def merge(run: Run, operation: Merge, step: Step) -> None:
+    """Drop the child if an earlier node has its key."""
+    key = await answer(operation.key, Node(step), [Node(step)])
+    if isinstance(key, CallbackError | OutOfBudget):
+        run.fail(step, key)
+        return
+    try:
+        first = run.by_key.setdefault(key, step)
+    except TypeError:
+        run.fail(step, operation.key.failed(f"returned {key!r}, which cannot be hashed", [Node(step)]))
+        return
+    if first is not step:
+        step.status = "merged"
+        run.release(step)
+        run.emit("merged", step, f"the same as {Node(first).name}")
+
+
+async def score(run: Run, operations: Sequence[Score], step: Step) -> None:
+    """Set the child's value to the weighted sum of its scores."""
+    said: list[object] = []
+    for operation in operations:
+        if operation.takes_many:
+            said.append(await run.gathering(operation).score(step))
+        else:
+            said.append(await answer(operation.function, Node(step), [Node(step)]))
+    readings = await _readings(run, step, [answered for answered in said if isinstance(answered, Choice)])
+    total = 0.0
+    for operation, answered in zip(operations, said, strict=True):
+        read = readings.pop(0) if isinstance(answered, Choice) else answered
+        number = _number(operation.function, step, read)
         if isinstance(number, CallbackError | OutOfBudget):
             run.fail(step, number)
-            continue
-        step.value = (step.value or 0.0) + operation.weight * number
-        assert step.branch is not None, "nodes of a run have branches"
-        step.branch.value = step.value
-        run.emit("scored", step)
-    wave.children = [step for step in wave.children if run.is_live(step)]
+            return
+        total += operation.weight * number
+    step.value = total
+    assert step.branch is not None, "nodes of a run have branches"
+    step.branch.value = total
+    run.emit("scored", step)
 
 
-async def _singly(operation: Score, steps: Sequence[Step]) -> list[object]:
-    return await run_each(operation.function, [Node(step) for step in steps])
-
-
-async def _many(operation: Score, steps: Sequence[Step]) -> list[object]:
-    """Calls over batches of nodes, one after the other; a failure counts for its whole batch."""
-    said: list[object] = []
-    size = operation.batch or max(1, len(steps))
-    for start in range(0, len(steps), size):
-        nodes = [Node(step) for step in steps[start : start + size]]
-        batch = await answer(operation.function, nodes, nodes)
-        if isinstance(batch, CallbackError | OutOfBudget | Reject):
-            said += [batch] * len(nodes)
-            continue
-        scores = _listed(batch)
-        if scores is None or len(scores) != len(nodes):
-            what = repr(batch) if scores is None else f"{len(scores)} scores for {len(nodes)} nodes"
-            said += [operation.function.failed(f"returned {what}, not one number a node", nodes)] * len(nodes)
-            continue
-        said += scores
-    return said
-
-
-def _listed(batch: object) -> list[object] | None:
-    """The elements of a sequence, an array or a tensor."""
-    try:
-        return None if isinstance(batch, str) else list(batch)  # type: ignore[call-overload]
-    except TypeError:
-        return None
-
-
-async def _numbers(
-    run: Run, function: Function, steps: Sequence[Step], said: Sequence[object]
-) -> list[float | CallbackError | OutOfBudget]:
-    read = await _read_choices(run, steps, said)
-    return [
-        _number(function, step, read.get(index, value))
-        for index, (step, value) in enumerate(zip(steps, said, strict=True))
-    ]
-
-
-def _number(function: Function, step: Step, said: object) -> float | CallbackError | OutOfBudget:
+def _number(function: Function, step: Step, said: object) -> Number:
     if isinstance(said, CallbackError | OutOfBudget):
         return said
     if isinstance(said, Reject):
@@ -124,74 +101,47 @@ def _number(function: Function, step: Step, said: object) -> float | CallbackErr
 # --- choices -------------------------------------------------------------------------------------------------------
 
 
-async def _read_choices(run: Run, steps: Sequence[Step], said: Sequence[object]) -> dict[int, float]:
-    """The readings of those answers that are choices, by their index; all asked of the engine together."""
-    asked = {index: value for index, value in enumerate(said) if isinstance(value, Choice)}
-    neutral = await _neutral_readings(run, asked.values()) if asked else {}
-    logprobs = await together([_ask_choice(run, steps[index], choice) for index, choice in asked.items()])
-    return {
-        index: choice.reading(tokens, neutral.get(_neutral_key(choice)))
-        for (index, choice), tokens in zip(asked.items(), logprobs, strict=True)
+async def _readings(run: Run, step: Step, choices: Sequence[Choice]) -> list[float]:
+    """What the choices read, in order. Those that put the same question share one branch, and so its prefill."""
+    if not choices:
+        return []
+    asked: dict[str, list[Choice]] = {}
+    for choice in choices:
+        asked.setdefault(repr((choice.question, choice.fresh)), []).append(choice)
+    answers = await together([_ask(run, step, group) for group in asked.values()])
+    read = {
+        id(choice): value
+        for group, values in zip(asked.values(), answers, strict=True)
+        for choice, value in zip(group, values, strict=True)
     }
+    return [read[id(choice)] for choice in choices]
 
 
-async def _ask_choice(run: Run, step: Step, choice: Choice) -> Logprobs:
-    with run.side_branch(step, choice.question, fresh=choice.fresh) as branch:
-        return await branch.ascore_tokens(choice.continuations(Node(step).transcript))
+async def _ask(run: Run, step: Step, choices: Sequence[Choice]) -> list[float]:
+    first = choices[0]
+    transcript = Node(step).transcript
+    with run.side_branch(step, first.question, fresh=first.fresh) as branch:
+        logprobs = await together(
+            [run.desk.score(branch, choice.continuations(transcript), priority=step.priority) for choice in choices]
+        )
+    neutral = await together([_neutral(run, choice) for choice in choices])
+    return [choice.reading(read, alone) for choice, read, alone in zip(choices, logprobs, neutral, strict=True)]
 
 
-async def _neutral_readings(run: Run, choices: Iterable[Choice]) -> dict[str, Logprobs]:
-    """What the labels have after the question alone, once for each question and set of labels."""
-    unconditional = {_neutral_key(choice): choice for choice in choices if choice.normalize == "unconditional"}
-    read = await together([_ask_neutral(run, choice) for choice in unconditional.values()])
-    return dict(zip(unconditional, read, strict=True))
+async def _neutral(run: Run, choice: Choice) -> Logprobs | None:
+    """What the labels have after the question alone, where the choice wants it; asked once in a run."""
+    if choice.normalize != "unconditional":
+        return None
+    key = repr((choice.question, list(choice.labels)))
+    return await run.once(key, lambda: _ask_neutral(run, choice.question, choice.continuations("")))
 
 
-async def _ask_neutral(run: Run, choice: Choice) -> Logprobs:
-    question = choice.question
+async def _ask_neutral(run: Run, question: Prompt, labels: Sequence[str]) -> Logprobs:
     if isinstance(question, str):
         branch = run.adopt(run.engine.root(question))
     else:
         branch = run.adopt(run.engine.root(messages=question))
     try:
-        return await branch.ascore_tokens(choice.continuations(""))
+        return await run.desk.score(branch, labels)
     finally:
         run.prune(branch)
-
-
-def _neutral_key(choice: Choice) -> str:
-    return repr((choice.question, list(choice.labels)))
-
-
-# --- selecting -----------------------------------------------------------------------------------------------------
-
-
-async def select(run: Run, operation: Select, steps: Sequence[Step]) -> list[Step]:
-    """The survivors, best first: ordered by value, chosen by the function, cut to `keep`."""
-    ordered = ranked(steps)
-    if operation.function is not None:
-        nodes = [Node(step) for step in ordered]
-        said = await operation.function.run(nodes, nodes)
-        ordered = survivors(run, operation.function, ordered, said)
-    return ordered[: operation.keep]
-
-
-def ranked(steps: Sequence[Step]) -> list[Step]:
-    """Best first; equal ones in the order made."""
-    return sorted(steps, key=lambda step: -math.inf if step.value is None else step.value, reverse=True)
-
-
-def survivors(run: Run, function: Function, candidates: Sequence[Step], said: object) -> list[Step]:
-    """The records of the nodes that a `@prune` function returned.
-
-    Raises:
-        CallbackError: something else than some of the candidates, each at most once.
-    """
-    nodes = _listed(said)
-    given = [Node(step) for step in candidates]
-    if nodes is None or not all(isinstance(node, Node) and node in given for node in nodes):
-        raise function.failed(f"returned {said!r}, not a list of nodes it was given", given)
-    steps = [run.step_of(node) for node in nodes if isinstance(node, Node)]
-    if len(set(map(id, steps))) < len(steps):
-        raise function.failed("returned a node twice", given)
-    return [step for step in steps if step is not None]

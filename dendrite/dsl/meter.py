@@ -44,17 +44,22 @@ class Meter:
         self._num_reserved = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._holds_too_much = False
+        self._has_refused = False
         self.num_tokens = 0
         self.num_nodes = 0
 
-    @property
-    def is_spent(self) -> bool:
-        """Whether the budget allows no further expansion."""
+    def is_spent(self, *, is_idle: bool) -> bool:
+        """Whether the budget allows no further expansion.
+
+        Args:
+            is_idle: nothing is under way. While something is, tokens and nodes are not looked at: how many were taken
+                by now depends on timing, and whoever asks for more than there is is refused in turn.
+        """
         limits = ((self.num_tokens, self._budget.tokens), (self.num_nodes, self._budget.nodes))
-        if any(limit is not None and count >= limit for count, limit in limits):
+        if is_idle and any(limit is not None and count >= limit for count, limit in limits):
             return True
         seconds = self.seconds_left()
-        return self._holds_too_much or (seconds is not None and seconds <= 0)
+        return self._has_refused or self._holds_too_much or (seconds is not None and seconds <= 0)
 
     def reserve_tokens(self, wanted: int) -> int:
         """Take up to `wanted` tokens out of the budget for one generation.
@@ -77,6 +82,7 @@ class Meter:
         """
         while not (granted := self.reserve_tokens(wanted)) and wanted > 0:
             if not self._num_reserved:
+                self._has_refused = True
                 raise OutOfBudget("the budget of tokens ended")
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -96,6 +102,7 @@ class Meter:
         """Count up to `wanted` new nodes; how many the budget allows."""
         limit = self._budget.nodes
         granted = wanted if limit is None else max(0, min(wanted, limit - self.num_nodes))
+        self._has_refused |= granted < wanted
         self.num_nodes += granted
         return granted
 
@@ -106,16 +113,15 @@ class Meter:
 
     def look(self) -> None:
         """Note how much K/V is held now."""
-        stats = self._engine.stats()
-        held = stats.blocks_used - self._before.blocks_used
+        held = self._engine.blocks_used - self._before.blocks_used
         self._peak_blocks = max(self._peak_blocks, held)
         limit = self._budget.kv_bytes
-        self._holds_too_much = limit is not None and held * stats.block_bytes > limit
+        self._holds_too_much = limit is not None and held * self._before.block_bytes > limit
 
     def lift(self) -> None:
         """The run is over: what users ask its nodes from now on is their own."""
         self._budget = Budget()
-        self._holds_too_much = False
+        self._holds_too_much = self._has_refused = False
 
     def usage(self) -> Usage:
         """What was spent until now."""

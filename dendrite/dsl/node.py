@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, Protocol
 
+from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import Prompt, S_co, StepId
 from dendrite.engine.errors import BranchError
 
@@ -13,9 +14,9 @@ if TYPE_CHECKING:  # at run time this file must not load pydantic, which the bra
     from dendrite.engine.branch import Branch
     from dendrite.engine.generation import Generation
 
-NodeStatus = Literal["open", "terminal", "goal", "rejected", "dropped", "pruned"]
-"""`open` may be expanded; `rejected` by the user's `@observe`; `dropped` because a function failed on it or the budget
-ended within it; `pruned` because others were better."""
+NodeStatus = Literal["open", "terminal", "goal", "rejected", "merged", "dropped", "pruned"]
+"""`open` may be expanded; `rejected` by the user's `@observe`; `merged` because an earlier node has the same key;
+`dropped` because a function failed on it or the budget ended within it; `pruned` because others were better."""
 
 
 class Node(Generic[S_co]):
@@ -77,6 +78,11 @@ class Node(Generic[S_co]):
     def value(self) -> float | None:
         """The weighted sum of its scores; None before it was scored."""
         return self._step.value
+
+    @property
+    def logprob(self) -> float | None:
+        """Mean log-probability of the tokens of this step; None at the root and where nothing was generated."""
+        return self._step.logprob
 
     @property
     def status(self) -> NodeStatus:
@@ -183,6 +189,8 @@ class Step:
     appended: str = ""
     """What `@observe` put after it."""
     prior: float = 1.0
+    logprob: float | None = None
+    """Mean log-probability of the tokens of `text`, where it is known."""
     value: float | None = None
     status: NodeStatus = "open"
     reflections: tuple[str, ...] = ()
@@ -191,10 +199,23 @@ class Step:
     num_children: int = 0
     num_asks: int = 0
     num_proposals: int = 0
+    is_made: bool = False
+    """Whether `@expand` made it itself."""
+    made: set[str] = field(default_factory=set)
+    """Texts of its children that `@expand` made itself."""
+    turn: Turn = field(default_factory=lambda: Turn(None))
+    """Its place in the line of all children, in the order asked."""
+    is_told: bool = False
+    """Whether the strategy knows of it, or of what became of it."""
     depth: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.depth = 0 if self.parent is None else self.parent.depth + 1
+
+    @property
+    def priority(self) -> float:
+        """What its work is worth to the engine: its parent's value, so that siblings stay together."""
+        return self.parent.value or 0.0 if self.parent is not None else 0.0
 
     @property
     def path(self) -> list[Step]:

@@ -2,13 +2,14 @@
 
 Open                    the root: the prompt as a user's turn
 Loop(strategy)          asks for expansions and selections until it has enough
-  Propose               what each node's children continue
+  Propose               what a node's children continue
   Append                the cue, once, on a fork of the node
   Fork                  one branch a child
-  Generate              all children of the round in one batch
+  Generate              each child, in one batch with all that is under way
   Observe               parse, call tools; state, terminal, goal
+  Merge                 drop what has the key of an earlier node
   Score                 a number, or a Choice read from the model
-  Select                the survivors of the frontier
+  Select                the survivors
   Release               prunes what the strategy let go of
 Return                  the best path stays, the rest is pruned
 """
@@ -43,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Propose:
-    """Ask every source, for every node, what its children continue."""
+    """Ask every source what a node's children continue."""
 
     sources: tuple[Source, ...]
 
@@ -60,20 +61,27 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Generate every child, all of them in one batch."""
+    """Generate every child, in one batch with all that is under way; what is done first goes on first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """Call the function once for each finished child, and append what it says."""
+    """Call the function once for a finished child, and append what it says."""
 
     function: Function
     concurrency: int | None
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """Drop each child whose key an earlier node has; earlier in the order asked, whatever is done first."""
+
+    key: Function
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
-    """Add the function's score, times `weight`, to each child's value."""
+    """Add the function's score, times `weight`, to a child's value."""
 
     function: Function
     takes_many: bool
@@ -95,17 +103,24 @@ class Release:
     """Prune every branch that the strategy will not come back to."""
 
 
-Expansion = Propose | Append | Fork | Generate | Observe | Score
+Expansion = Propose | Append | Fork | Generate | Observe | Merge | Score
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Drive the strategy: expansions run `body`, selections run `select`, and `release` follows each."""
+    """Drive the strategy: expansions run `body`, choices run `select`, and `release` follows each."""
 
     strategy: Strategy
     body: tuple[Expansion, ...]
     select: Select
     release: Release
+    vote: Function | None = None
+    """What nodes vote for, where the strategy lets them."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The `@expand`s."""
+        return next(operation.sources for operation in self.body if isinstance(operation, Propose))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Generic, cast
 
@@ -16,7 +16,7 @@ from dendrite.dsl.functions import together
 from dendrite.dsl.marks import Mark
 from dendrite.dsl.meter import Meter
 from dendrite.dsl.node import Node
-from dendrite.dsl.operations import Operations
+from dendrite.dsl.operations import Operations, Score
 from dendrite.dsl.records import Budget
 from dendrite.dsl.result import Result
 from dendrite.dsl.run import Run
@@ -58,11 +58,13 @@ class Program(Generic[S]):
         strategy: Strategy,
         *,
         on_error: OnError = "raise",
+        merge: Callable[..., Hashable] | None = None,
         names: Mapping[str, object] | None = None,
     ) -> None:
         self._parts = tuple(parts)
         self._on_error: OnError = on_error
-        lowered = lower(parts, strategy, on_error=on_error, names=names or {})
+        self._merge = merge
+        lowered = lower(parts, strategy, on_error=on_error, merge=merge, names=names or {})
         self._operations = lowered.operations
         self._state_type = lowered.state
         self._names = names or {}
@@ -78,7 +80,7 @@ class Program(Generic[S]):
 
     def replace(self, *, strategy: Strategy) -> Program[S]:
         """The same program under another strategy, checked anew."""
-        return Program(self._parts, strategy, on_error=self._on_error, names=self._names)
+        return Program(self._parts, strategy, on_error=self._on_error, merge=self._merge, names=self._names)
 
     def run(
         self,
@@ -221,7 +223,15 @@ class Program(Generic[S]):
             raise ProgramError(f"the prompt is {prompt!r}: give text, or a list of messages with role and content")
         self._check_state(state)
         engine, origin = _engine_of(on)
-        run = Run(engine, seed=seed, meter=Meter(engine, budget), on_error=self._on_error)
+        loop = self._operations[1]
+        run = Run(
+            engine,
+            seed=seed,
+            meter=Meter(engine, budget),
+            on_error=self._on_error,
+            scores=[operation for operation in loop.body if isinstance(operation, Score)],
+            wants_logprobs=loop.strategy.wants_logprobs,
+        )
         return SearchLoop(self._operations, run, origin=origin, prompt=prompt, state=state)
 
     def _check_state(self, state: S) -> None:
@@ -234,7 +244,12 @@ class Program(Generic[S]):
         return f"<Program {self._operations[1].strategy}>"
 
 
-def compile(*parts: Part[S], strategy: Strategy, on_error: OnError = "raise") -> Program[S]:  # noqa: A001 - the name users know
+def compile(  # noqa: A001 - the name users know
+    *parts: Part[S],
+    strategy: Strategy,
+    on_error: OnError = "raise",
+    merge: Callable[[Node[S]], Hashable] | None = None,
+) -> Program[S]:
     """Build a search program out of decorated functions and a strategy.
 
         program = dd.compile(step, value, dd.prune(keep=3), strategy=dd.Beam(depth=3))
@@ -245,6 +260,8 @@ def compile(*parts: Part[S], strategy: Strategy, on_error: OnError = "raise") ->
         strategy: what drives the search.
         on_error: what a run does about a function that raises, or about a score that is NaN or no number: "raise" ends
             it with a `CallbackError` that names function and node, "drop" drops the node and goes on.
+        merge: gives each node a key, called after `@observe`; of the nodes with equal keys only the first is kept,
+            such as `merge=lambda node: node.state` where the way to a state does not matter.
 
     Raises:
         ProgramError: the program could not run: a part is missing, there is one too many, a part is not decorated, an
@@ -252,7 +269,7 @@ def compile(*parts: Part[S], strategy: Strategy, on_error: OnError = "raise") ->
             and where.
     """
     names = sys._getframe(1).f_locals  # noqa: SLF001 - states may be local classes, which annotations only name
-    return Program(parts, strategy, on_error=on_error, names=dict(names))
+    return Program(parts, strategy, on_error=on_error, merge=merge, names=dict(names))
 
 
 def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:

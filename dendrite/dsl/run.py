@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from dendrite.dsl.desk import Desk
 from dendrite.dsl.events import Event, EventKind
-from dendrite.dsl.functions import OutOfBudget
+from dendrite.dsl.functions import Function, OutOfBudget
+from dendrite.dsl.gathering import Gathering
 from dendrite.dsl.meter import Meter
-from dendrite.dsl.node import Node, Question, Sampling, Step
+from dendrite.dsl.node import Node, Question, Step
+from dendrite.dsl.operations import Score
+from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import OnError, Prompt, StepId, shown
-from dendrite.engine.errors import CallbackError, OutOfBlocks
+from dendrite.engine.errors import CallbackError
 from dendrite.engine.messages import Message
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -22,17 +28,38 @@ if TYPE_CHECKING:  # at run time this file must not load pydantic
     from dendrite.engine.generation import Generation
 
 
+T = TypeVar("T")
+
+
 class Run:
     """The nodes and branches of one run. Operations work on it; the search loop closes it."""
 
-    def __init__(self, engine: Engine, *, seed: int | None, meter: Meter, on_error: OnError) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        seed: int | None,
+        meter: Meter,
+        on_error: OnError,
+        scores: Sequence[Score] = (),
+        wants_logprobs: bool = False,
+    ) -> None:
         self.engine = engine
         self.seed = seed
         self.meter = meter
         self.on_error = on_error
+        self.wants_logprobs = wants_logprobs
+        self.desk = Desk(engine)
         self.steps: list[Step] = []
+        self.reflections: list[str] = []
+        self.by_key: dict[Hashable, Step] = {}  # the first node of each key, where a program merges nodes
         self._branches: set[Branch] = set()  # all that this run made and has not pruned
+        self._gatherings = {score: Gathering(score) for score in scores if score.takes_many}
+        self._limits: dict[Function, asyncio.Semaphore] = {}
+        self._answers: dict[str, asyncio.Task[Any]] = {}
+        self._last_turns: dict[str, Turn] = {}
         self._events: list[Event[object]] = []
+        self._news: asyncio.Future[None] | None = None
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -47,19 +74,28 @@ class Run:
             text = origin.text + shown(prompt)
         return self._add(Step(id=StepId(0), parent=None, index=0, state=state, cue=text, branch=branch, asker=self))
 
-    def add_child(self, parent: Step, branch: Branch, *, cue: str, prior: float, state: object) -> Step:
-        """A new node below `parent` that owns `branch`."""
+    def add_child(
+        self, parent: Step, branch: Branch, *, cue: str, text: str | None, prior: float, state: object
+    ) -> Step:
+        """A new node below `parent` that owns `branch`; `text` is of one that the user made."""
         step = Step(
             id=StepId(len(self.steps)),
             parent=parent,
             index=parent.num_children,
             state=state,
             cue=cue,
+            text=text or "",
+            is_made=text is not None,
             prior=prior,
             branch=branch,
             asker=self,
+            reflections=parent.reflections,
+            turn=self.next_turn("children"),
         )
         parent.num_children += 1
+        if text is not None:
+            parent.made.add(text)
+        self.expect(step)
         return self._add(step)
 
     def step_of(self, node: Node[object]) -> Step | None:
@@ -111,21 +147,14 @@ class Run:
             self.prune(branch)
         self._branches.clear()
         self.steps = []
+        self.by_key = {}
+        for gathering in self._gatherings.values():
+            gathering.close()
+        for task in self._answers.values():
+            task.cancel()
         self.meter.lift()
 
     # --- asking the engine -------------------------------------------------------------------------------------
-
-    async def generate(self, branches: Sequence[Branch], sampling: Sampling) -> list[Generation]:
-        """Generate onto branches in one batch; in smaller ones, one after the other, where the pool is too small."""
-        try:
-            return await self.engine.agenerate(
-                branches, max_tokens=sampling.max_tokens, stop=sampling.stop, temperature=sampling.temperature
-            )
-        except OutOfBlocks:
-            if len(branches) == 1:
-                raise
-        half = len(branches) // 2
-        return [*await self.generate(branches[:half], sampling), *await self.generate(branches[half:], sampling)]
 
     async def ask(self, step: Step, question: Question) -> Generation:
         """Answer a side question on a temporary branch; see `Node.ask`."""
@@ -134,7 +163,7 @@ class Run:
         try:
             with self.side_branch(step, question.prompt, fresh=question.fresh) as branch:
                 sampling = replace(question.sampling, max_tokens=granted)
-                (answer,) = await self.generate([branch], sampling)
+                answer = await self.desk.generate(branch, sampling, priority=step.priority)
                 used = len(answer.token_ids)
                 return answer
         finally:
@@ -157,7 +186,7 @@ class Run:
         finally:
             self.prune(branch)
 
-    def seed_for(self, step: Step, what: Literal["ask", "expand"], number: int) -> int | None:
+    def seed_for(self, step: Step, what: Literal["ask", "draw", "expand"], number: int) -> int | None:
         """A seed for the side question or the proposal `number` of a node; None in a run without a seed.
 
         It depends on nothing else, so a search draws the same wherever and whenever it runs, and whatever it is asked.
@@ -167,16 +196,61 @@ class Run:
         words = "/".join(map(str, (self.seed, *(above.index for above in step.path), what, number)))
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
+    async def once(self, key: str, ask: Callable[[], Coroutine[object, object, T]]) -> T:
+        """The answer to a question that is asked once in a run, whoever asks and how often."""
+        if key not in self._answers:
+            self._answers[key] = asyncio.get_running_loop().create_task(ask())
+        answer: T = await asyncio.shield(self._answers[key])
+        return answer
+
+    # --- who waits for whom ------------------------------------------------------------------------------------
+
+    def limit(self, function: Function, concurrency: int | None) -> AbstractAsyncContextManager[object]:
+        """Lets `concurrency` calls of the function in at a time."""
+        if concurrency is None:
+            return nullcontext()
+        return self._limits.setdefault(function, asyncio.Semaphore(concurrency))
+
+    def gathering(self, score: Score) -> Gathering:
+        """Where nodes wait for a score of many."""
+        return self._gatherings[score]
+
+    def expect(self, comer: Hashable) -> None:
+        """It may bring nodes to be scored with others."""
+        for gathering in self._gatherings.values():
+            gathering.expect(comer)
+
+    def leave(self, comer: Hashable) -> None:
+        """It brings no more of them."""
+        for gathering in self._gatherings.values():
+            gathering.leave(comer)
+
+    def next_turn(self, line: Literal["asks", "children"]) -> Turn:
+        """A place at the end of a line."""
+        turn = self._last_turns[line] = Turn(self._last_turns.get(line))
+        return turn
+
+    def draw_seed(self) -> int:
+        """What a strategy may draw from."""
+        return random.getrandbits(53) if self.seed is None else self.seed
+
     # --- telling watchers --------------------------------------------------------------------------------------
 
     def emit(self, kind: EventKind, step: Step, detail: str = "", nodes: Sequence[Step] = ()) -> None:
         """Queue an event for whoever watches."""
         self._events.append(Event(kind, Node(step), nodes=tuple(map(Node, nodes)), detail=detail))
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def take_events(self) -> list[Event[object]]:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def news(self) -> asyncio.Future[None]:
+        """Done with the next event."""
+        self._news = asyncio.get_running_loop().create_future()
+        return self._news
 
 
 def as_messages(prompt: Prompt) -> Sequence[Message]:

@@ -1,8 +1,7 @@
 """The one loop that runs every search: it executes the program's operations and holds the strategy's state.
 
-    asks = strategy.ask              what to expand, what to select
-    wave of expansions               each operation once, over all nodes asked for: the engine sees one batch
-    tell, in the order asked         each tell followed by the ask it frees
+    asks = strategy.ask              what to expand, to choose, to reflect on: all under way at the same time
+    tell, in the order asked         each tell followed by the ask it frees, so that timing never changes a search
     release                          branches that the strategy let go of are pruned
 
 All fronts (run, arun, stream, astream, start, map) drain the events of this loop and differ only in how they wait.
@@ -11,17 +10,33 @@ All fronts (run, arun, stream, astream, start, map) drain the events of this loo
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dendrite.dsl import expansion, judging
+from dendrite.dsl.asking import reflect, vote
 from dendrite.dsl.events import Event
-from dendrite.dsl.expansion import Wave
+from dendrite.dsl.expansion import expand
 from dendrite.dsl.node import Node, Step
-from dendrite.dsl.operations import Append, Expansion, Fork, Generate, Observe, Operations, Propose, Score
+from dendrite.dsl.operations import Operations
 from dendrite.dsl.result import Result, Stopped
 from dendrite.dsl.run import Run
-from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, Select, Selected, Told
+from dendrite.dsl.selecting import ranked, select
+from dendrite.dsl.strategies.base import (
+    Ask,
+    Candidate,
+    Expand,
+    Expanded,
+    Reflect,
+    Reflected,
+    Select,
+    Selected,
+    Told,
+    Vote,
+    Voted,
+)
 from dendrite.dsl.types import Prompt, StepId
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -32,6 +47,14 @@ T = TypeVar("T")
 
 class _TimeIsUp(Exception):
     """The budget's seconds ended in the middle of an operation."""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One ask on its way; a choice is made when its turn to be told comes."""
+
+    ask: Ask
+    task: asyncio.Task[list[Step]] | asyncio.Task[Told] | None
 
 
 class SearchLoop:
@@ -46,22 +69,32 @@ class SearchLoop:
         self._origin = origin
         self._prompt = prompt
         self._state = state
-        self._stopped: Stopped = "done"
+        self._stopped: Stopped | None = None
+        self._ran_out = False  # the budget refused what the strategy asked for
         self._chosen: list[Step] | None = None
+        self._flights: deque[_Flight] = deque()
+        self._standing: dict[StepId, Step] = {}  # told and not yet let go of
         self.is_cancelled = False
-        """Set from outside to end before the next wave."""
+        """Set from outside to end before the next ask."""
         self.result: Result[object] | None = None
 
     async def events(self) -> AsyncGenerator[Event[object]]:
         """Run the search; closing this early, or any error, prunes all that it made."""
         try:
-            async for event in self._search():
+            async with aclosing(self._search()) as search:
+                async for event in search:
+                    yield event
+            await self._end_flights()
+            for event in self._run.take_events():
                 yield event
             self.result = self._finished()
             yield Event("done", self.result.best, result=self.result)
         finally:
-            best = self._best().path if self.result is not None else []
-            self._run.close(keep=best)
+            try:
+                await self._end_flights()
+            finally:
+                best = self._best().path if self.result is not None else []
+                self._run.close(keep=best)
 
     def choose(self, nodes: Sequence[StepId]) -> None:
         """While a `frontier` event is out: these survive, in place of the program's own choice."""
@@ -69,54 +102,69 @@ class SearchLoop:
 
     async def _search(self) -> AsyncGenerator[Event[object]]:
         root = self._run.open_root(self._origin, self._prompt, self._state)
+        self._stand([root])
         self._run.emit("opened", root)
-        self._progress, asks = self._strategy.ask(self._strategy.begin(_candidate(root)))
-        while asks and not self._must_stop(asks):
-            wave = Wave([self._run.steps[ask.node] for ask in asks if isinstance(ask, Expand)])
-            selected: dict[Select, list[Step]] = {}
+        self._progress = self._strategy.begin(_candidate(root), self._run.draw_seed())
+        self._ask()
+        while self._flights and self._stopped is None:
+            flight = self._flights[0]
             try:
-                for operation in self._loop.body if wave.parents else ():
-                    await self._in_time(self._execute(operation, wave))
-                    for event in self._watched():
-                        yield event
-                for ask in asks:
-                    if isinstance(ask, Select):
-                        self._offer(ask)
-                        for event in self._watched():
-                            yield event
-                        selected[ask] = await self._in_time(self._select(ask))
-                asks = self._tell(asks, wave, selected)
+                async for event in self._watched(flight.task):
+                    yield event
+                offered = self._offered(flight)
+                for event in self._run.take_events():
+                    yield event
+                survivors = await self._in_time(self._choose(offered))
             except _TimeIsUp:
-                self._stopped, asks = "budget", []
+                self._stopped = "budget"
+                break
+            self._flights.popleft()
+            self._tell(flight, survivors)
             self._release()
-            for event in self._watched():
+            for event in self._run.take_events():
                 yield event
 
-    def _must_stop(self, asks: Sequence[Ask]) -> bool:
-        """Whether to end before these asks; choosing among what is there is never refused by a budget."""
+    # --- asks under way ----------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Start what the strategy asks for, unless the search is to end."""
+        self._progress, asks = self._strategy.ask(self._progress)
         if self.is_cancelled:
             self._stopped = "cancelled"
-        elif self._run.meter.is_spent and any(isinstance(ask, Expand) for ask in asks):
-            self._stopped = "budget"
-        return self._stopped != "done"
+        elif self._best().status == "goal":
+            self._stopped = "goal"
+        elif self._run.meter.is_spent(is_idle=not self._flights) and any(isinstance(ask, Expand) for ask in asks):
+            self._ran_out = True
+            asks = []  # what is under way is still told
+        if self._stopped is None:
+            self._flights += [_Flight(ask, self._started(ask)) for ask in asks]
 
-    # --- executing ---------------------------------------------------------------------------------------------
+    def _started(self, ask: Ask) -> asyncio.Task[list[Step]] | asyncio.Task[Told] | None:
+        loop, run = asyncio.get_running_loop(), self._run
+        match ask:
+            case Expand():
+                turn = run.next_turn("asks")
+                run.expect(turn)
+                return loop.create_task(expand(run, self._loop, ask, turn))
+            case Reflect():
+                return loop.create_task(reflect(run, ask))
+            case Vote():
+                assert self._loop.vote is not None, "compile() lowers the function of a strategy that votes"
+                return loop.create_task(vote(run, self._loop.vote, ask))
+            case Select():
+                return None
 
-    async def _execute(self, operation: Expansion, wave: Wave) -> None:
-        run = self._run
-        match operation:
-            case Propose(sources):
-                await expansion.propose(run, sources, wave)
-            case Append():
-                expansion.append(run, wave)
-            case Fork():
-                expansion.fork(run, wave)
-            case Generate():
-                await expansion.generate(run, wave)
-            case Observe():
-                await judging.observe(run, operation, wave)
-            case Score():
-                await judging.score(run, operation, wave)
+    async def _watched(
+        self, task: asyncio.Task[list[Step]] | asyncio.Task[Told] | None
+    ) -> AsyncGenerator[Event[object]]:
+        """What happens, wherever in the search, until the task is done."""
+        while task is not None and not task.done():
+            news = self._run.news()
+            for event in self._run.take_events():
+                yield event
+            await self._in_time(asyncio.wait((task, news), return_when=asyncio.FIRST_COMPLETED))
+        for event in self._run.take_events():
+            yield event
 
     async def _in_time(self, work: Coroutine[object, object, T]) -> T:
         """Await `work`, but no longer than the budget has seconds."""
@@ -130,49 +178,90 @@ class SearchLoop:
         finally:
             self._run.meter.look()
 
-    def _offer(self, ask: Select) -> None:
-        nodes = judging.ranked([self._run.steps[node] for node in ask.nodes])
+    async def _end_flights(self) -> None:
+        """Cancel what is still under way; nothing of it was told."""
+        tasks = [flight.task for flight in self._flights if flight.task is not None]
+        for task in tasks:
+            task.cancel()
+        self._flights.clear()
+        with suppress(Exception):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- choosing ----------------------------------------------------------------------------------------------
+
+    def _offered(self, flight: _Flight) -> list[Step] | None:
+        """The nodes among which a choice is to be made now, put before whoever watches; None if there is none."""
+        steps: list[Step] = []
+        if isinstance(flight.ask, Select):
+            steps = [self._run.steps[node] for node in flight.ask.nodes]
+        elif isinstance(flight.ask, Expand) and not self._strategy.chooses_frontier:
+            children = [step for step in _children(flight) if self._run.is_live(step)]
+            if not any(step.status == "goal" for step in children):
+                steps = [step for step in children if step.status == "open"]
+        if not steps:
+            return None
+        nodes = ranked(steps)
         self._run.emit("frontier", nodes[0], nodes=nodes)
         self._chosen = None
+        return steps
 
-    async def _select(self, ask: Select) -> list[Step]:
-        if self._chosen is not None:
-            return self._chosen
-        return await judging.select(self._run, self._loop.select, [self._run.steps[node] for node in ask.nodes])
+    async def _choose(self, offered: list[Step] | None) -> list[Step] | None:
+        if offered is None or self._chosen is not None:
+            return self._chosen if offered is not None else None
+        return await select(self._run, self._loop.select, offered)
 
     # --- telling -----------------------------------------------------------------------------------------------
 
-    def _tell(self, asks: Sequence[Ask], wave: Wave, selected: dict[Select, list[Step]]) -> list[Ask]:
-        """Tell every result in the order asked; what is asked next."""
-        freed: list[Ask] = []
-        families = wave.families()
-        for ask in asks:
-            if isinstance(ask, Expand):
-                told: Told = self._expanded(ask, families[ask.node])
-            else:
-                told = Selected(tuple(step.id for step in selected[ask]))
-            self._progress = self._strategy.tell(self._progress, told)
-            if isinstance(ask, Select):
-                self._run.emit("round", self._best(), nodes=selected[ask])
-            self._progress, more = self._strategy.ask(self._progress)
-            freed += more
-        return freed
+    def _tell(self, flight: _Flight, survivors: list[Step] | None) -> None:
+        """Tell what came of an ask, and start what is asked then."""
+        ask = flight.ask
+        about = self._run.steps[ask.nodes[0] if isinstance(ask, Select | Vote) else ask.node]
+        match ask:
+            case Expand():
+                told: Told = self._expanded(ask, _children(flight), survivors)
+            case Select():
+                assert survivors is not None, "a choice was made"
+                told = Selected(tuple(step.id for step in survivors))
+            case Reflect() | Vote():
+                assert flight.task is not None, "it was started"
+                told = flight.task.result()  # type: ignore[assignment]
+        self._progress = self._strategy.tell(self._progress, told)
+        if survivors is not None:
+            self._run.emit("round", self._best(), nodes=survivors)
+        elif isinstance(told, Reflected):
+            self._run.emit("reflected", about, told.text)
+        elif isinstance(told, Voted):
+            self._run.emit("voted", about, nodes=[self._run.steps[node] for node in told.nodes])
+        self._ask()
+        self._run.emit("told", about)
 
-    def _expanded(self, ask: Expand, children: Sequence[Step]) -> Expanded:
+    def _expanded(self, ask: Expand, made: list[Step], survivors: list[Step] | None) -> Expanded:
+        self._stand(made)
+        children = [step for step in made if self._run.is_live(step)]
         for step in children:
             if step.status == "goal":
                 self._run.emit("goal", step)
+        if survivors is not None:
+            chosen = set(map(id, survivors))
+            children = [step for step in children if id(step) in chosen or step.status != "open"]
         return Expanded(ask.node, tuple(map(_candidate, children)))
+
+    def _stand(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            step.is_told = True
+            if self._run.is_live(step):
+                self._standing[step.id] = step
 
     def _release(self) -> None:
         """Prune what the strategy will not come back to, and is no ancestor of what it may."""
-        keep = self._kept(self._strategy.live(self._progress))
-        for step in self._run.steps:
-            if step.id not in keep and self._run.is_live(step):
-                self._run.release(step)
-                if step.status == "open":
-                    step.status = "pruned"
-                    self._run.emit("pruned", step)
+        under_way = [flight.ask.node for flight in self._flights if isinstance(flight.ask, Expand | Reflect)]
+        keep = self._kept([*self._strategy.live(self._progress), *under_way])
+        for step in [step for id_, step in self._standing.items() if id_ not in keep]:
+            del self._standing[step.id]
+            self._run.release(step)
+            if step.status == "open":
+                step.status = "pruned"
+                self._run.emit("pruned", step)
 
     def _kept(self, live: Iterable[StepId]) -> set[StepId]:
         kept: set[StepId] = set()
@@ -187,14 +276,20 @@ class SearchLoop:
         return self._run.steps[self._strategy.best(self._progress)]
 
     def _finished(self) -> Result[object]:
+        """The result, with all that the strategy was told; after a budget's end, with what was under way too."""
         best = self._best()
-        if best.status == "goal":
-            self._stopped = "goal"
-        nodes = [Node(step) for step in self._run.steps]
-        return Result(nodes=nodes, best=Node(best), stopped=self._stopped, usage=self._run.meter.usage())
+        stopped = "goal" if best.status == "goal" else self._stopped or ("budget" if self._ran_out else "done")
+        steps = [step for step in self._run.steps if step.is_told or stopped == "budget"]
+        for step in steps:
+            if not step.is_told and step.status == "open":
+                step.status = "pruned"
+        nodes = [Node(step) for step in steps]
+        return Result(nodes=nodes, best=Node(best), stopped=stopped, usage=self._run.meter.usage())
 
-    def _watched(self) -> list[Event[object]]:
-        return self._run.take_events()
+
+def _children(flight: _Flight) -> list[Step]:
+    assert flight.task is not None, "expansions are started"
+    return flight.task.result()  # type: ignore[return-value]
 
 
 def _candidate(step: Step) -> Candidate:
@@ -204,6 +299,7 @@ def _candidate(step: Step) -> Candidate:
         depth=step.depth,
         value=step.value,
         prior=step.prior,
+        logprob=step.logprob,
         is_terminal=step.status in ("terminal", "goal"),
         is_goal=step.status == "goal",
     )

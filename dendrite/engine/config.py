@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator, model_validator
@@ -168,6 +169,13 @@ class EngineConfig(_Settings):
     dtype: DtypeName = Field("auto", description='give "auto", "float32" or "bfloat16"')
     device: Literal["auto", "cpu"] = Field("auto", description='give "auto" or "cpu"; other devices come later')
     kv_memory: int | None = Field(None, ge=1, description='give bytes as a whole number, a string like "2GiB", or None')
+    swap_memory: int | None = Field(
+        None, ge=0, description='give bytes as a whole number, a string like "2GiB", or None'
+    )
+    """Host memory for the K/V of idle branches that have left the pool; None is four pools, if there is that much."""
+    swap_disk: int = Field(0, ge=0, description='give bytes as a whole number or a string like "2GiB"; 0 is off')
+    """Disk for what does not fit there."""
+    swap_folder: Path | None = Field(None, description="give a folder that exists, or None for the system's own")
     block_size: int = Field(16, ge=1, le=256, description="give a whole number of tokens from 1 to 256")
     seed: int = Field(0, description="give a whole number")
     deterministic: bool = Field(False, description="give True or False")
@@ -182,13 +190,16 @@ class EngineConfig(_Settings):
         dtype: str = "auto",
         device: str = "auto",
         kv_memory: int | str | None = None,
+        swap_memory: int | str | None = None,
+        swap_disk: int | str = 0,
+        swap_folder: Path | None = None,
         block_size: int = 16,
         seed: int = 0,
         deterministic: bool = False,
         integrity: str = "off",
         prefill_chunk: int = 512,
     ) -> Self:
-        """Check the settings and freeze them; `kv_memory` is in bytes or a string such as `"2GiB"` or `"500MB"`.
+        """Check the settings and freeze them; memory is in bytes or a string such as `"2GiB"` or `"500MB"`.
 
         Raises:
             RequestError: a value out of range, or one that this version does not offer yet.
@@ -198,6 +209,9 @@ class EngineConfig(_Settings):
                 "dtype": dtype,
                 "device": device,
                 "kv_memory": kv_memory,
+                "swap_memory": swap_memory,
+                "swap_disk": swap_disk,
+                "swap_folder": swap_folder,
                 "block_size": block_size,
                 "seed": seed,
                 "deterministic": deterministic,
@@ -206,7 +220,14 @@ class EngineConfig(_Settings):
             }
         )
 
-    @field_validator("kv_memory", mode="before")
+    @field_validator("swap_folder")
+    @classmethod
+    def _folder_exists(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(str(cls.model_fields["swap_folder"].description))
+        return value
+
+    @field_validator("kv_memory", "swap_memory", "swap_disk", mode="before")
     @classmethod
     def _bytes_of(cls, value: object) -> object:
         if not isinstance(value, str):

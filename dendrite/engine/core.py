@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.config import EngineConfig, SamplingParams
 from dendrite.engine.constraints import CONTINUE, Constraint
-from dendrite.engine.demand import demand, prunable
 from dendrite.engine.errors import (
     BranchError,
     ConstraintError,
@@ -35,6 +34,7 @@ from dendrite.engine.runner import Runner
 from dendrite.engine.scheduler import Scheduler
 from dendrite.engine.states import explain, next_status
 from dendrite.engine.stats import Stats, take_stats
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.text import Tokenizer
 from dendrite.engine.tree import KVTree
 
@@ -52,8 +52,16 @@ class Core:
         self.tokenizer = tokenizer
         self.spec = runner.spec
         self.grammars = Grammars(tokenizer, runner.spec.vocab_size)
-        self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size))
-        self.loop = StepLoop(runner, self._tree, Scheduler(self._tree, prefill_chunk=config.prefill_chunk))
+        self.swap = SwapSpace(
+            runner.mover,
+            bytes_per_token=runner.spec.bytes_per_token,
+            host_bytes=config.swap_memory if config.swap_memory is not None else runner.default_swap_bytes,
+            disk_bytes=config.swap_disk,
+            folder=config.swap_folder,
+        )
+        self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size), drop_stored=self.swap.drop)
+        scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk)
+        self.loop = StepLoop(runner, self._tree, scheduler)
         self._lock = self.loop.lock
         self._seed = config.seed
         self._root_numbers = itertools.count()
@@ -186,7 +194,7 @@ class Core:
         """The picture of this moment."""
         with self._lock:
             self.loop.release_collected()
-            return take_stats(self._tree, self.loop.counters, self.spec.bytes_per_token)
+            return take_stats(self._tree, self.swap, self.loop.counters, self.spec.bytes_per_token)
 
     @property
     def blocks_used(self) -> int:
@@ -312,10 +320,7 @@ class Core:
             )
 
     def _check_blocks(self, tip: Tip, num_more: int = 0) -> None:
-        pool = self._tree.pool
-        needed = demand(pool, [(tip, max(0, num_more), False)])
-        if needed > pool.num_available:
-            raise OutOfBlocks(needed, pool.num_available, prunable(pool, [tip]))
+        self.loop.scheduler.check_fits([(tip, max(0, num_more), False)])
 
 
 def _guide(record: BranchRecord, params: SamplingParams, start: Guide | None) -> Guide | None:

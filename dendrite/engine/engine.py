@@ -10,6 +10,7 @@ import queue
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -28,6 +29,7 @@ from dendrite.engine.requests import Group
 from dendrite.engine.runner import Runner, TorchRunner
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.stats import Stats
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.text import HFTokenizer, Tokenizer
 from dendrite.engine.ticket import Ticket
 
@@ -51,7 +53,7 @@ class Engine:
         self.spec = runner.spec
         self.core = Core(runner, tokenizer, self.config)
         """What branches call; not for users."""
-        self._close = weakref.finalize(self, _close, self.core.loop, runner)
+        self._close = weakref.finalize(self, _close, self.core.loop, self.core.swap, runner)
 
     @classmethod
     def load(
@@ -61,6 +63,9 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         kv_memory: int | str | None = None,
+        swap_memory: int | str | None = None,
+        swap_disk: int | str = 0,
+        swap_folder: Path | None = None,
         block_size: int = 16,
         seed: int = 0,
         deterministic: bool = False,
@@ -74,6 +79,10 @@ class Engine:
                 device computes in it natively, else float32.
             device: "auto" or "cpu".
             kv_memory: bytes of K/V, or a string such as "2GiB": a hard limit; None is a quarter of the free memory.
+            swap_memory: host memory for the K/V of idle branches when the pool is full, in bytes or a string; None is
+                four pools, or a quarter of the free memory if that is less.
+            swap_disk: disk for what does not fit there either; what is lost in the end is computed again when needed.
+            swap_folder: where; None is the system's folder for temporary files.
             block_size: tokens in a block.
             seed: roots without a seed of their own draw from this one, in the order they are made.
             deterministic: comes later; leave it False.
@@ -87,6 +96,9 @@ class Engine:
             dtype=dtype,
             device=device,
             kv_memory=kv_memory,
+            swap_memory=swap_memory,
+            swap_disk=swap_disk,
+            swap_folder=swap_folder,
             block_size=block_size,
             seed=seed,
             deterministic=deterministic,
@@ -318,8 +330,9 @@ class Engine:
         return f"<Engine {self.name} blocks={self.core.describe_blocks()}>"
 
 
-def _close(loop: StepLoop, runner: Runner) -> None:
+def _close(loop: StepLoop, swap: SwapSpace, runner: Runner) -> None:
     loop.stop()
+    swap.close()
     runner.close()
 
 

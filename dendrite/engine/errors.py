@@ -3,7 +3,7 @@
     DendriteError
     ├── ProgramError   (ValueError)    a search program that cannot be built
     └── EngineError                    something that failed while running
-        ├── OutOfBlocks                the K/V pool is too small for this now; the one that is worth a retry
+        ├── OutOfBlocks                the K/V pool is too small for this; the one that is worth a retry
         ├── BranchError      (ValueError)    a branch used wrongly: pruned, foreign, busy, `at` out of range
         ├── RequestError     (ValueError)    an argument that cannot be run: empty prompt, negative temperature
         ├── ConstraintError  (ValueError)    a grammar that cannot be compiled or met
@@ -33,18 +33,18 @@ class EngineError(DendriteError):
 
 
 class OutOfBlocks(EngineError):
-    """The K/V pool has too few free blocks. Nothing was changed; prune something and call again.
+    """Not even an otherwise empty K/V pool would do: idle branches leave it by themselves. Nothing was changed.
 
     Attributes:
-        needed: blocks the call needs.
-        free: blocks it could have taken.
-        prunable: blocks that idle branches hold and `prune()` would give back.
+        needed: blocks that a branch of the call needs at once, its path included.
+        free: blocks that could be had now.
+        prunable: blocks that other branches hold and `prune()` would give back.
     """
 
     def __init__(self, needed: int, free: int, prunable: int) -> None:
         super().__init__(
-            f"{needed} blocks of K/V are needed, {free} are free and {prunable} are held by idle branches: "
-            "prune branches, ask for fewer tokens, or load the engine with a larger kv_memory"
+            f"{needed} blocks of K/V are needed at once, {free} are free and {prunable} are held by other branches: "
+            "ask for fewer tokens, score fewer choices at a time, or load the engine with a larger kv_memory"
         )
         self.needed = needed
         self.free = free

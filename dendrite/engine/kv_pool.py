@@ -82,6 +82,11 @@ def num_blocks_for(spec: ModelSpec, *, kv_memory: int | None, block_size: int) -
     return num_blocks
 
 
+def default_swap_bytes(pool_bytes: int) -> int:
+    """Host memory for K/V that has left the pool: four pools, at most a quarter of what is available now."""
+    return min(4 * pool_bytes, _available_bytes() // 4)
+
+
 def _default_bytes(context_bytes: int, available: int) -> int:
     usual = min(available // 4, _MAX_DEFAULT_BYTES)
     return max(usual, context_bytes) if context_bytes <= available // 2 else usual

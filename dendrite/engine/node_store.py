@@ -20,6 +20,7 @@ from dendrite.engine.blocks import BlockPool
 from dendrite.engine.cache import PrefixCache
 from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.nodes import KVNode, Tip
+from dendrite.engine.swap import Stored
 
 K = TypeVar("K")
 
@@ -27,8 +28,9 @@ K = TypeVar("K")
 class NodeStore:
     """All nodes of one tree, held or cached; what the tree does with them goes through here."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, drop_stored: Callable[[Stored], None]) -> None:
         self.pool = pool
+        self._drop_stored = drop_stored
         self.nodes: dict[NodeId, KVNode] = {}
         self.cache = PrefixCache(pool)
         self._roots: dict[int, list[KVNode]] = {}  # first token -> root nodes
@@ -96,6 +98,8 @@ class NodeStore:
         else:
             self._evict_children(node, lambda _: True)
             self.pool.release(node.blocks)
+            if node.stored is not None:
+                self._drop_stored(node.stored)
             self._forget(node)
 
     def revive(self, node: KVNode) -> int:
@@ -151,6 +155,8 @@ class NodeStore:
         node.epoch += 1
         node.num_computed = min(node.num_computed, live)
         node.hidden = {offset: row for offset, row in node.hidden.items() if offset <= live}
+        if node.stored is not None:
+            node.stored.num_tokens = min(node.stored.num_tokens, live)
         if live < node.num_placed:
             node.num_placed = live
             keep = self._num_blocks(node, live)
@@ -162,6 +168,14 @@ class NodeStore:
         """Blocks over which the node's first tokens spread."""
         size = self.pool.block_size
         return -(-(node.start + num_tokens) // size) - node.start // size if num_tokens else 0
+
+    def unload(self, node: KVNode, stored: Stored | None) -> None:
+        """Gives back a held node's blocks; its tokens stay, and its K/V is `stored`, if that is not None."""
+        self._evict_children(node, lambda _: True)
+        self.pool.release(node.blocks)
+        node.blocks, node.spans, node.stored = [], None, stored
+        node.num_placed = node.num_computed = 0
+        node.epoch += 1
 
     # --- eviction ----------------------------------------------------------------------------------------------
 
@@ -247,7 +261,11 @@ class NodeStore:
         if node.parent is not None:
             assert node.start == node.parent.start + node.offset, f"{name} starts in the wrong place"
             assert not node.num_placed or node.parent.num_placed >= node.offset, f"{name} is placed before its parent"
+        if node.stored is not None:
+            assert not node.num_placed, f"{name} is in the pool and out of it"
+            assert 0 < node.stored.num_tokens <= len(node.token_ids), f"{name}: wrong number of stored tokens"
         if node in self.cache:
+            assert node.stored is None, f"{name} is cached and stored"
             assert not node.attached, f"{name} is cached and held"
             assert node.writer is None, f"{name} is cached and has a writer"
             assert 0 < node.num_computed == len(node.token_ids), f"{name} is cached and not computed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.states import Status
+from dendrite.engine.swap import Stored
 
 HiddenRow = tuple[object, int]
 """A step's hidden rows, opaque here, and an index into them."""
@@ -19,6 +20,7 @@ class KVNode:
         "epoch",
         "hidden",
         "is_live",
+        "last_used",
         "node_id",
         "num_computed",
         "num_placed",
@@ -26,6 +28,7 @@ class KVNode:
         "parent",
         "spans",
         "start",
+        "stored",
         "token_ids",
         "writer",
     )
@@ -48,6 +51,8 @@ class KVNode:
         self.spans: list[tuple[int, int, int]] | None = None  # cache of `KVTree.spans`
         self.epoch = 0  # counts roll-backs, so that a step in flight knows its tokens are gone
         self.is_live = True
+        self.stored: Stored | None = None  # the K/V, while it is out of the pool
+        self.last_used = 0  # the step that computed for it last
 
     def keep_hidden(self, offset: int, row: HiddenRow) -> None:
         """Keeps the first row, where a prompt ended and others begin, and the latest, where the writer goes on."""

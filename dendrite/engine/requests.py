@@ -20,12 +20,18 @@ class Request:
         self.priority = 0.0
         self.group: Group | None = None
         self.num_in_flight = 0  # reads that were launched and have not come back
+        self.is_running = False
         self.is_done = False
 
     @property
     def is_waiting(self) -> bool:
         """Whether nothing can be computed for it before its reads in flight have come back."""
         raise NotImplementedError
+
+    @property
+    def tips(self) -> list[Tip]:
+        """All that must stay in the pool while it runs."""
+        return [self.tip]
 
     def demand(self) -> Demand:
         """The slots it may still take, as `demand.demand` reads them."""
@@ -71,6 +77,11 @@ class ScoreRequest(Request):
         self.has_base = False  # whether the first token of every candidate is read, or being read
         self.logprobs = [[0.0] * len(candidate) for candidate in self.candidates]
 
+    @property
+    def tips(self) -> list[Tip]:
+        """The path and the siblings."""
+        return [self.tip, *(sibling for _, sibling in self.siblings)]
+
     def demand(self) -> Demand:
         """The path's own tokens and the siblings'."""
         path: Demand = [(self.tip, 0, False)]
@@ -107,7 +118,7 @@ class ScoreRequest(Request):
 
 
 class Group:
-    """The requests of one call. They are admitted together; one failure ends them all.
+    """The requests of one call. They run together as far as memory allows; one failure ends them all.
 
     Where not everything can run, calls with a higher `priority` go first, and equal ones in the order they came.
     """
@@ -117,14 +128,11 @@ class Group:
         self.priority = priority
         self.future: Future[None] = Future()
         self.num_open = len(self.requests)
-        self.is_admitted = False
+        self.queued = list(self.requests)
+        """Those that do not run yet, in the order they were given."""
         for request in self.requests:
             request.group = self
             request.priority = priority
-
-    def demand(self) -> Demand:
-        """Of all its requests."""
-        return [entry for request in self.requests for entry in request.demand()]
 
     def resolve(self, error: BaseException | None = None) -> None:
         """Wakes the caller, unless it has given up: asyncio cancels the future from its own thread, at any moment."""

@@ -16,9 +16,11 @@ from dendrite.engine.attention.base import AttentionBackend, AttentionStep
 from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.attention.interface import STEP_KEYWORD
 from dendrite.engine.batch import Batch
-from dendrite.engine.kv_pool import KVPool, num_blocks_for
+from dendrite.engine.kv_mover import PoolMover
+from dendrite.engine.kv_pool import KVPool, default_swap_bytes, num_blocks_for
 from dendrite.engine.passes import optimise
 from dendrite.engine.spec import ModelSpec
+from dendrite.engine.swap import KVMover
 
 
 class Runner(Protocol):
@@ -28,6 +30,10 @@ class Runner(Protocol):
     num_blocks: int
     """Usable K/V blocks, ids 1 to `num_blocks`; the trash block comes on top."""
     block_size: int
+    mover: KVMover
+    """Takes K/V out of the pool and puts it back."""
+    default_swap_bytes: int
+    """Host memory for K/V outside the pool, unless the user says how much."""
     look_ahead: int
     """How many steps may be in flight while the next one is launched: 0 where `run` computes, 1 where it only launches
     work on a device, which does everything it is given in that order."""
@@ -72,6 +78,8 @@ class TorchRunner:
         self.block_size = block_size
         self._device = model.device
         self._pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=model.device)
+        self.mover: KVMover = PoolMover(self._pool)
+        self.default_swap_bytes = default_swap_bytes(spec.bytes_per_token * block_size * num_blocks)
         self._backend = attention(self._pool, spec)
         optimise(model)
         self._decoder: nn.Module = model.get_decoder()
@@ -119,7 +127,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Drop the model and the pool; the runner cannot be used again."""
-        del self._decoder, self._head, self._backend, self._pool
+        del self._decoder, self._head, self._backend, self._pool, self.mover
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)

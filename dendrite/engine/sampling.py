@@ -2,7 +2,7 @@
 
 What happens to a row, in this order (as vLLM and Transformers do it):
 
-    logits ─ bias ─ penalties ─ ends ─ constraint ─┬─ temperature 0: the first largest
+    logits ─ constraint ─ bias ─ penalties ─ ends ─┬─ temperature 0: the first largest
                                                    └─ / temperature ─ softmax ─ top-k ─ top-p ─ min-p ─ inverse CDF
 
 Penalties are the repetition penalty, then frequency and presence; `min_tokens` forbids the ends. The inverse CDF runs
@@ -84,11 +84,7 @@ class Sampler:
         edited = any(row.edited for row in rows)
         shaped = logits
         if edited:
-            shaped = work.copy_(logits)
-            edit(shaped, rows)
-            if masks is not None:
-                constrained, bits = masks.rows_of([row.guide for row in rows])
-                self._table.forbid(shaped, bits, constrained)
+            shaped = self._edited(logits, rows, masks)
             _refuse(~shaped.amax(-1).isfinite(), _NOTHING_LEFT, NoTokenLeft)
         greedy = temperatures == 0
         best = first_largest(shaped) if bool(greedy.any()) else None
@@ -102,6 +98,17 @@ class Sampler:
             weights = keep_likely(weights, [row.params if row.filtered else _KEEP_ALL for row in rows], work)
         tokens = draw(weights, uniforms([row.key for row in rows], [row.draw_position for row in rows], logits.device))
         return tokens if best is None else torch.where(greedy, best, tokens)
+
+    def _edited(self, logits: Tensor, rows: Sequence[SampleRow], masks: Masks | None) -> Tensor:
+        """A copy of the logits in scratch memory, as constraints, bias, penalties and `min_tokens` change them."""
+        work = self._work.like(logits)
+        if masks is None:
+            work.copy_(logits)
+        else:
+            constrained, bits = masks.rows_of([row.guide for row in rows])
+            self._table.forbid(logits, bits, constrained, out=work)
+        edit(work, rows)
+        return work
 
 
 _KEEP_ALL = SamplingParams()

@@ -4,8 +4,9 @@ Where not all can run, calls of higher priority go first, and equal ones in the 
 
     submitted groups ──► queue ──► running ──► one `Step`: runs of tokens (rows), and who reads which hidden row
 
-Admission is the only truth about memory: a group enters when the blocks it may take at worst, together with those of
-all that runs, are available. So whatever runs can finish, and what can never fit is refused at once.
+Admission is the only truth about memory: a request enters when the blocks it may take at worst, together with those of
+all that runs, are available, or will be once idle branches have left the pool. So whatever runs can finish, the first
+in the queue is next as soon as enough has finished, and what would not fit into an empty pool is refused at once.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from dendrite.engine.batch import Batch
-from dendrite.engine.demand import demand, prunable
+from dendrite.engine.demand import demand, footprint, prunable
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.nodes import HiddenRow, KVNode, Tip
 from dendrite.engine.plan import Run, plan_runs
+from dendrite.engine.pressure import Pressure
 from dendrite.engine.requests import Demand, GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 
 MAX_DECODE_ROWS = 256
@@ -64,8 +67,10 @@ class Step:
 class Scheduler:
     """Owns the queue and what runs; reads and places, but never computes. The engine's lock guards it."""
 
-    def __init__(self, tree: KVTree, *, prefill_chunk: int) -> None:
+    def __init__(self, tree: KVTree, swap: SwapSpace, *, prefill_chunk: int) -> None:
         self._tree = tree
+        self._pressure = Pressure(tree, swap)
+        self._num_steps = 0
         self._prefill_chunk = prefill_chunk
         self._queue: deque[Group] = deque()
         self.running: list[Request] = []
@@ -79,12 +84,10 @@ class Scheduler:
         """Queues the group.
 
         Raises:
-            OutOfBlocks: it could never run, or nothing else runs whose end could make room; nothing was changed.
+            OutOfBlocks: one of its requests could not even run alone; nothing was changed.
         """
-        needed = demand(self._tree.pool, group.demand())
-        pool = self._tree.pool
-        if needed > pool.num_total or (needed > pool.num_available and not self.has_work):
-            raise self._refusal(needed, group)
+        for request in group.requests:
+            self.check_fits(request.demand())
         for request in group.requests:
             if isinstance(request, GenerateRequest):
                 request.tip.status = next_status(request.tip.status, "submit")
@@ -96,12 +99,22 @@ class Scheduler:
     @property
     def num_spare(self) -> int:
         """Available blocks that nothing running may still take."""
-        return self._tree.pool.num_available - demand(self._tree.pool, self._running_demand())
+        return max(0, self._tree.pool.num_available - demand(self._tree.pool, _demand_of(self.running)))
+
+    def check_fits(self, wanted: Demand) -> None:
+        """Whether this could run if nothing else did.
+
+        Raises:
+            OutOfBlocks: it could not.
+        """
+        needed = footprint(self._tree.pool, wanted)
+        if needed > self._tree.pool.num_total:
+            raise self._refusal(needed, [tip for tip, _, _ in wanted])
 
     def open_groups(self) -> list[Group]:
         """Everything queued or running, once each."""
-        groups = {id(request.group): request.group for request in self.running if request.group is not None}
-        return [*groups.values(), *self._queue]
+        running = [request.group for request in self.running if request.group is not None]
+        return list({id(group): group for group in (*running, *self._queue)}.values())
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is: it ended, failed or was cancelled."""
@@ -115,11 +128,11 @@ class Scheduler:
             request.close(self._tree)
         elif request.tip.status != "pruned":
             request.tip.status = next_status(request.tip.status, "finish")
-        if group.is_admitted:
+        if request.is_running:
             self.running.remove(request)
         else:
-            group.requests.remove(request)
-            if not group.requests:
+            group.queued.remove(request)
+            if not group.queued:
                 self._queue.remove(group)
         request.group = None  # no cycle: a branch that is dropped with its generation is freed at once
 
@@ -129,8 +142,9 @@ class Scheduler:
         A request that finds no block for a token (another branch took the shared tail it had counted on) is in
         `failed`; the step is still good for the others.
         """
+        self._num_steps += 1
         failed = self._admit()
-        builder = _StepBuilder(self._tree)
+        builder = _StepBuilder(self._tree, self._pressure)
         ready = [request for request in self.running if not request.is_waiting]
         decoding = [request for request in ready if isinstance(request, GenerateRequest) and _decodes(request)]
         ends = accumulate(request.num_pending for request in decoding)
@@ -160,39 +174,74 @@ class Scheduler:
             node = run.node
             if node.epoch != epoch:
                 continue
+            node.last_used = self._num_steps
             if run.is_kept:
                 node.num_computed = run.end
             if output is not None and (run.is_kept or not node.hidden):
                 node.keep_hidden(run.end, (hidden, output))
 
     def _admit(self) -> list[tuple[Request, OutOfBlocks]]:
-        failed: list[tuple[Request, OutOfBlocks]] = []
+        """Starts what fits, in the order of the queue; what does not even fit alone has failed."""
         while self._queue:
             group = self._queue[0]
-            needed = demand(self._tree.pool, self._running_demand() + group.demand())
-            if needed > self._tree.pool.num_available:
-                if self.running:
-                    break
-                failed.extend((request, self._refusal(needed, group)) for request in group.requests)
-            self._queue.popleft()
-            group.is_admitted = True
-            for request in group.requests:
+            num = self._num_admissible(group.queued)
+            chosen = group.queued[: max(num, 1)]
+            if not num and self.running:
+                return []
+            tips = self._busy_with(chosen)
+            while not self._pressure.make_room(self._demand_with(chosen), tips):
+                if self.running or len(chosen) > 1:
+                    return []
+                return [(request, self._refusal(self._demand_with(chosen), tips)) for request in group.queued]
+            for request in chosen:
                 self._start(request)
-        return failed
+            del group.queued[: len(chosen)]
+            if group.queued:
+                return []
+            self._queue.popleft()
+        return []
 
-    def _running_demand(self) -> Demand:
-        return [entry for request in self.running for entry in request.demand()]
+    def _num_admissible(self, queued: Sequence[Request]) -> int:
+        """How many of the first queued requests can run beside what runs."""
+        if self._fits(queued):
+            return len(queued)
+        least, most = 0, len(queued)  # so many fit, so many don't
+        while most - least > 1:
+            middle = (least + most) // 2
+            if self._fits(queued[:middle]):
+                least = middle
+            else:
+                most = middle
+        return least
+
+    def _fits(self, chosen: Sequence[Request]) -> bool:
+        pool = self._tree.pool
+        needed = self._demand_with(chosen)
+        if needed <= pool.num_available:
+            return True
+        return needed <= pool.num_available + self._pressure.num_movable(self._busy_with(chosen))
+
+    def _busy_with(self, chosen: Sequence[Request]) -> list[Tip]:
+        return [tip for request in (*self.running, *chosen) for tip in request.tips]
+
+    def _demand_with(self, chosen: Sequence[Request]) -> int:
+        return demand(self._tree.pool, _demand_of((*self.running, *chosen)))
 
     def _start(self, request: Request) -> None:
+        request.is_running = True
         insort(self.running, request, key=lambda other: -other.priority)  # after those of equal priority
         if isinstance(request, ScoreRequest):
             request.open_siblings(self._tree)
         else:
             request.tip.status = next_status(request.tip.status, "admit")
 
-    def _refusal(self, needed: int, group: Group) -> OutOfBlocks:
-        busy = [request.tip for request in (*self.running, *group.requests)]
-        return OutOfBlocks(needed, self._tree.pool.num_available, prunable(self._tree.pool, busy))
+    def _refusal(self, needed: int, tips: Sequence[Tip]) -> OutOfBlocks:
+        pool = self._tree.pool
+        return OutOfBlocks(needed, pool.num_available, prunable(pool, tips))
+
+
+def _demand_of(requests: Sequence[Request]) -> Demand:
+    return [entry for request in requests for entry in request.demand()]
 
 
 def _decodes(request: GenerateRequest) -> bool:
@@ -211,8 +260,9 @@ class _StepBuilder:
     copies are made before the pass.
     """
 
-    def __init__(self, tree: KVTree) -> None:
+    def __init__(self, tree: KVTree, pressure: Pressure) -> None:
         self._tree = tree
+        self._pressure = pressure
         self._runs: dict[NodeId, Run] = {}
         self._queries: dict[tuple[NodeId, int], Run] = {}
         self._copies: list[tuple[BlockId, BlockId]] = []
@@ -284,20 +334,31 @@ class _StepBuilder:
 
     def _row_at(self, tip: Tip, budget: int) -> Run | HiddenRow | None:
         """Where the hidden row after the tip's last token comes from; None if not from this step."""
-        pending = self._tree.pending(tip)
-        node, offset = tip.node, tip.offset
-        if not pending:
-            kept = node.hidden.get(offset)
-            return kept if kept is not None else self._query(node, offset)
         run: Run | None = None
-        for node, upto in pending:
+        for node, upto in self._tree.pending(tip):
+            if node.stored is not None and not self._move_in(node):
+                return None
+            if node.num_computed >= upto:
+                continue
             run = self._extend_run(node, upto, budget)
             if run is None or run.end != upto:
                 return None
             budget -= run.num_rows
-        assert run is not None
+        node, offset = tip.node, tip.offset
+        if run is None:
+            kept = node.hidden.get(offset)
+            return kept if kept is not None else self._query(node, offset)
+        if node.node_id not in self._runs:  # it was moved in behind a run
+            return None
         self._last_row.add(id(run))
         return run
+
+    def _move_in(self, node: KVNode) -> bool:
+        """Puts stored K/V back into the pool, unless it has to wait for a step that computes what lies before it."""
+        if node.parent is not None and node.parent.node_id in self._runs and self._tree.needs_copy(node):
+            return False
+        self._pressure.move_in(node)
+        return True
 
     def _query(self, node: KVNode, offset: int) -> Run:
         """The row that computes the token before `offset` again, for its hidden row alone."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dendrite.engine.requests import ScoreRequest
 from dendrite.engine.scheduler import Step
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 
 
@@ -82,6 +83,14 @@ class Stats:
     """Tokens of those prefixes."""
     cache_evictions: int
     """Cached runs of tokens that were given up because somebody needed their blocks."""
+    swap_memory_used: int
+    """Bytes of host memory that hold K/V outside the pool."""
+    swap_disk_used: int
+    """Bytes of files that do."""
+    tokens_swapped_out: int
+    tokens_swapped_in: int
+    tokens_swap_lost: int
+    """Tokens that there was no room for outside the pool either; they are computed again when they are needed."""
     busy_seconds: float
     """Time spent in steps."""
 
@@ -91,7 +100,7 @@ class Stats:
         return self.tokens_sampled / self.busy_seconds if self.busy_seconds else 0.0
 
 
-def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
+def take_stats(tree: KVTree, swap: SwapSpace, counters: Counters, bytes_per_token: int) -> Stats:
     """The picture of this moment; the engine's lock is held."""
     pool = tree.pool
     nodes = [node for node in tree.nodes.values() if node not in tree.cache]
@@ -120,5 +129,10 @@ def take_stats(tree: KVTree, counters: Counters, bytes_per_token: int) -> Stats:
         cache_hits=tree.cache.num_hits,
         cache_hit_tokens=tree.cache.num_hit_tokens,
         cache_evictions=tree.cache.num_evicted,
+        swap_memory_used=swap.host_used,
+        swap_disk_used=swap.disk_used,
+        tokens_swapped_out=swap.num_tokens_out,
+        tokens_swapped_in=swap.num_tokens_in,
+        tokens_swap_lost=swap.num_tokens_lost,
         busy_seconds=counters.busy_seconds,
     )

@@ -13,7 +13,7 @@ also says who owns what).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.errors import OutOfBlocks
@@ -21,16 +21,17 @@ from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.node_store import NodeStore, live_length
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.prefixes import longest_match
+from dendrite.engine.swap import Stored
 
 
 class KVTree:
     """All nodes of one engine over one block pool. Not thread-safe: the engine's lock guards it."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, *, drop_stored: Callable[[Stored], None] = lambda _: None) -> None:
         self.pool = pool
         self.tips: set[Tip] = set()
         self.num_copies = 0
-        self._store = NodeStore(pool)
+        self._store = NodeStore(pool, drop_stored)
         self.cache = self._store.cache
 
     @property
@@ -124,6 +125,10 @@ class KVTree:
         if not keep:
             self._unwrite(tip)
         self._store.let_go(tip, tip.node, tip.offset)
+
+    def unload(self, node: KVNode, stored: Stored | None) -> None:
+        """Takes a held node out of the pool; nothing held below it is there. `stored` is where its K/V is now."""
+        self._store.unload(node, stored)
 
     def clear_cache(self) -> None:
         """Frees everything that nobody holds."""

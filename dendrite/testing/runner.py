@@ -9,14 +9,18 @@ at once, as an error or as a text that no script wrote.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dendrite.engine.batch import Batch, Segment
+from dendrite.engine.ids import BlockId
 from dendrite.engine.spec import ModelSpec
+from dendrite.engine.swap import KVMover, Spans
 from dendrite.testing.scripted import Script
 from dendrite.testing.tokenizer import END, FORCED, OPENING, SPECIAL, VOCAB_SIZE, ByteTokenizer
 
@@ -44,10 +48,12 @@ class ScriptedRunner:
         )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.mover: KVMover = ScriptedMover(self)
+        self.default_swap_bytes = 4 * num_blocks * block_size * self.spec.bytes_per_token
         self._script = script
         num_slots = (num_blocks + 1) * block_size  # block 0 is the trash block
-        self._tokens = [_NOTHING] * num_slots
-        self._positions = [_NOTHING] * num_slots
+        self.tokens = [_NOTHING] * num_slots
+        self.positions = [_NOTHING] * num_slots
 
     def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Copy blocks, keep the rows' tokens, and read the output rows' paths.
@@ -55,12 +61,10 @@ class ScriptedRunner:
         Returns:
             [num_outputs, vocab_size], the logits of the next token.
         """
-        for source, destination in batch.copies:
-            for slots in (self._tokens, self._positions):
-                slots[self._block(destination)] = slots[self._block(source)]
+        self.mover.copy_blocks(batch.copies)
         tokens = [token if token >= 0 or drawn is None else int(drawn[-1 - token]) for token in batch.token_ids]
         for token, position, slot in zip(tokens, batch.positions, batch.slots, strict=True):
-            self._tokens[slot], self._positions[slot] = token, position
+            self.tokens[slot], self.positions[slot] = token, position
         rows = [next_logits(self._script, self._path(batch, row, tokens[row])) for row in batch.output_rows]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
 
@@ -71,18 +75,49 @@ class ScriptedRunner:
     def close(self) -> None:
         """There is nothing to give back."""
 
-    def _block(self, block: int) -> slice:
-        return slice(block * self.block_size, (block + 1) * self.block_size)
-
     def _path(self, batch: Batch, row: int, token: int) -> list[int]:
         """The token ids that a row attends to, which must be its whole path, each position once."""
         slots = [slot for segment in batch.plan.segments for slot in _slots_read(segment, row)]
-        by_position = {self._positions[slot]: self._tokens[slot] for slot in slots}
+        by_position = {self.positions[slot]: self.tokens[slot] for slot in slots}
         num = batch.positions[row] + 1
-        seen = sorted(self._positions[slot] for slot in slots)
+        seen = sorted(self.positions[slot] for slot in slots)
         assert seen == list(range(num)), f"row {row} at position {num - 1} reads positions {seen}"
         assert by_position[num - 1] == token, f"row {row} does not read its own token"
         return [by_position[position] for position in range(num)]
+
+
+class ScriptedMover:
+    """`dendrite.engine.swap.KVMover` over the token ids that a scripted runner keeps where K/V would be."""
+
+    def __init__(self, runner: ScriptedRunner) -> None:
+        self._runner = runner
+
+    def save(self, spans: Spans) -> object:
+        """The (token id, position) of each slot."""
+        slots = [slot for first, last in spans for slot in range(first, last)]
+        return [(self._runner.tokens[slot], self._runner.positions[slot]) for slot in slots]
+
+    def load(self, saved: object, slots: Sequence[int]) -> None:
+        """Puts them into these slots."""
+        assert isinstance(saved, list)
+        for slot, (token, position) in zip(slots, saved, strict=False):
+            self._runner.tokens[slot], self._runner.positions[slot] = token, position
+
+    def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Copies whole blocks."""
+        size = self._runner.block_size
+        for source, destination in copies:
+            for slots in (self._runner.tokens, self._runner.positions):
+                slots[destination * size : (destination + 1) * size] = slots[source * size : (source + 1) * size]
+
+    def write(self, saved: object, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(saved))
+
+    def read(self, path: Path) -> object:
+        """From JSON."""
+        saved: object = json.loads(path.read_text())
+        return saved
 
 
 def _slots_read(segment: Segment, row: int) -> Iterator[int]:

@@ -24,6 +24,8 @@ def scripted_engine(
     block_size: int = 4,
     context_length: int = 16_384,
     seed: int = 0,
+    swap_memory: int | None = None,
+    swap_disk: int = 0,
 ) -> Engine:
     r"""A real engine whose model follows a script, a byte a token, and then ends its text.
 
@@ -43,6 +45,8 @@ def scripted_engine(
         block_size: tokens in a block; small, so that copy-on-write happens in small tests.
         context_length: most tokens of a path.
         seed: of roots without one of their own.
+        swap_memory: bytes for what is moved out of the pool, 8 a token; None is four pools.
+        swap_disk: bytes of files for what does not fit there.
     """
     from dendrite.engine.config import EngineConfig  # noqa: PLC0415 - with the engine comes torch
     from dendrite.engine.engine import Engine  # noqa: PLC0415
@@ -50,4 +54,8 @@ def scripted_engine(
     from dendrite.testing.tokenizer import ByteTokenizer  # noqa: PLC0415
 
     runner = ScriptedRunner(script, num_blocks=num_blocks, block_size=block_size, context_length=context_length)
-    return Engine(runner, ByteTokenizer(), EngineConfig.of(block_size=block_size, seed=seed))
+    return Engine(
+        runner,
+        ByteTokenizer(),
+        EngineConfig.of(block_size=block_size, seed=seed, swap_memory=swap_memory, swap_disk=swap_disk),
+    )

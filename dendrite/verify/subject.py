@@ -16,6 +16,7 @@ from dendrite.engine.config import EngineConfig
 from dendrite.engine.engine import Engine
 from dendrite.engine.models import LoadedModel, load_model
 from dendrite.engine.runner import Runner, TorchRunner
+from dendrite.engine.swap import KVMover
 from dendrite.engine.text import HFTokenizer
 
 POOL_TOKENS = 8192
@@ -51,6 +52,8 @@ class Recorder:
         self.spec = runner.spec
         self.num_blocks = runner.num_blocks
         self.block_size = runner.block_size
+        self.mover: KVMover = runner.mover
+        self.default_swap_bytes = runner.default_swap_bytes
         self.rows: list[Tensor] | None = None
         self._runner = runner
 

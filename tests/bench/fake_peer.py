@@ -2,15 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable
 
-from dendrite.bench.peers.protocol import PeerError, TreeTask, TreeTimes, serve
+from dendrite.bench.peers.protocol import Answer, PeerError, TreeTask, TreeTimes, serve, tree_answer
 
 
-def start() -> tuple[str, Callable[[TreeTask], TreeTimes]]:
+def start() -> tuple[str, Answer]:
     if sys.argv[1] == "absent":
         raise PeerError("it is not installed; install it")
-    return "fake 1.0", run
+    return "fake 1.0", tree_answer(run)
 
 
 def run(task: TreeTask) -> TreeTimes:

@@ -32,8 +32,9 @@ def test_fork_measures_lengths_depths_and_blocks(tiny_folder: Callable[[str], Pa
     assert "128 tokens, idle" in result.stdout
 
 
-def test_tree_runs_beside_transformers(tiny_folder: Callable[[str], Path]) -> None:
+def test_tree_runs_beside_transformers(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of Transformers run in their own processes; their figures stand beside ours with a ratio."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the peers: on two busy cores their threads would only wait
     settings = TreeSettings(num_branches=3, num_tokens=4, prefixes=(8, 24), dtype="float32", num_rounds=2, busy=True)
     result = bench_tree(str(tiny_folder("llama")), settings, progress=lambda _: None)
     workloads = list(dict.fromkeys(figure.workload for figure in result.figures))

@@ -85,6 +85,7 @@ def test_json_holds_plain_values() -> None:
         "num_cores": 2,
         "num_threads": 2,
         "versions": {"python": "3.11", "torch": "2.13"},
+        "gpu": "",
     }
 
 

@@ -14,25 +14,32 @@ from dendrite.bench.peers.transformers_peer import generate_batch, static_loop
 
 TASK = TreeTask([1, 2, 3, 4], num_branches=2, num_tokens=3, temperature=0.8, seed=0)
 FAKE = "tests.bench.fake_peer"
+ROOT = str(Path(__file__).parent.parent.parent)
 
 
 @pytest.mark.parametrize("kind", ["steady", "chatty"])
 def test_peer_answers_tasks(kind: str) -> None:
     """Each task gets its answer, whatever the peer's libraries print meanwhile."""
-    with started("fake", FAKE, [kind]) as peer:
+    with started("fake", FAKE, [kind], site=ROOT) as peer:
         assert peer.version == "fake 1.0"
         assert [peer.run(TASK), peer.run(TASK)] == [TreeTimes(0.04, 0.0, 2.0, 4)] * 2
 
 
 def test_absent_peer_says_what_to_do() -> None:
     """A peer that cannot start is an error with its own words."""
-    with pytest.raises(PeerError, match="fake: it is not installed; install it"), started("fake", FAKE, ["absent"]):
+    with (
+        pytest.raises(PeerError, match="fake: it is not installed; install it"),
+        started("fake", FAKE, ["absent"], site=ROOT),
+    ):
         pass
 
 
 def test_dying_peer_is_reported_with_its_last_words() -> None:
     """A peer that dies at its work is an error that quotes the end of its log."""
-    with started("fake", FAKE, ["mortal"]) as peer, pytest.raises(PeerError, match="status 3: something broke"):
+    with (
+        started("fake", FAKE, ["mortal"], site=ROOT) as peer,
+        pytest.raises(PeerError, match="status 3: something broke"),
+    ):
         peer.run(TASK)
 
 

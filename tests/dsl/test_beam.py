@@ -34,6 +34,7 @@ class World:
         if isinstance(ask, Select):
             ranked = sorted(ask.nodes, key=lambda node: self.nodes[node].rank, reverse=True)
             return Selected(tuple(ranked[: self.keep]))
+        assert isinstance(ask, Expand)
         path = self.paths[ask.node]
         children = []
         for index in range(self.width):

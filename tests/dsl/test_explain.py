@@ -50,7 +50,7 @@ loop     Beam(depth=3)
   propose  5 children after '\\nStep:'
   append   each cue once, on a fork of its node
   fork     one branch a child
-  generate all in one batch, up to 256 tokens, temperature 1
+  generate in one batch, up to 256 tokens, temperature 1
   score    value, test_explain.py:LINE
   select   keep the best 3 of the whole frontier
   release  prune the branches of all others
@@ -79,7 +79,7 @@ loop     Beam(depth=4)
   propose  1 child after '\\nAnswer:', when early, test_explain.py:LINE
   append   each cue once, on a fork of its node
   fork     one branch a child
-  generate all in one batch, up to 32 tokens, stop at '\\n', temperature 1; up to 256 tokens, stop at '\\n' or '.', \
+  generate in one batch, up to 32 tokens, stop at '\\n', temperature 1; up to 256 tokens, stop at '\\n' or '.', \
 temperature 0
   observe  use_tool, test_explain.py:LINE, async, at most 4 at once
   score    value, test_explain.py:LINE

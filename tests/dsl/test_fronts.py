@@ -102,7 +102,15 @@ def test_events_come_in_their_order(engine: dd.Engine) -> None:
     events = list(PROGRAM.stream(engine, "Go.", seed=5))
     kinds = [event.kind for event in events]
     assert kinds[0] == "opened"
-    assert kinds[1:10] == ["expanded"] * 3 + ["scored"] * 3 + ["frontier", "round", "pruned"]
+    assert kinds[1:5] == ["proposed", "forked", "forked", "forked"]
+    assert sorted(kinds[5:11]) == ["expanded"] * 3 + ["scored"] * 3
+    assert kinds[11:17] == ["told", "frontier", "round", "told", "proposed", "proposed"] or kinds[11:16] == [
+        "told",
+        "frontier",
+        "round",
+        "told",
+        "pruned",
+    ]
     assert kinds[-1] == "done"
     assert kinds.count("done") == 1
     frontier = events[kinds.index("frontier")]

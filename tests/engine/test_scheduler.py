@@ -9,13 +9,17 @@ from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.nodes import Tip
 from dendrite.engine.requests import GenerateRequest, Group, ScoreRequest
 from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
+from tests.engine.list_mover import ListMover
 
 
 def make(num_blocks: int = 64, block_size: int = 4, prefill_chunk: int = 16) -> tuple[KVTree, Scheduler]:
     """A tree and its scheduler."""
     tree = KVTree(BlockPool(num_blocks + 1, block_size))
-    return tree, Scheduler(tree, prefill_chunk=prefill_chunk)
+    mover = ListMover([-1] * (num_blocks + 1) * block_size, block_size)
+    swap = SwapSpace(mover, bytes_per_token=1, host_bytes=1000)
+    return tree, Scheduler(tree, swap, prefill_chunk=prefill_chunk)
 
 
 def generate(scheduler: Scheduler, *tips: Tip, max_tokens: int = 4) -> list[GenerateRequest]:
@@ -133,9 +137,27 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
     other, _ = tree.new_root([9, 9, 9, 9, 9])
     tree.place(other.node, 5)
     with pytest.raises(OutOfBlocks) as caught:
-        generate(scheduler, root, max_tokens=14)
-    assert (caught.value.needed, caught.value.free, caught.value.prunable) == (4, 2, 2)
+        generate(scheduler, root, max_tokens=18)
+    assert (caught.value.needed, caught.value.free, caught.value.prunable) == (5, 2, 2)
     assert (root.status, scheduler.has_work) == ("idle", False)
+
+
+def test_what_fits_of_a_call_runs_and_the_rest_follows_in_order() -> None:
+    """Five branches of two blocks each in a pool of five, one of them the root's: two run, then as others end."""
+    tree, scheduler = make(num_blocks=5)
+    root, _ = tree.new_root([1, 2, 3, 4])
+    requests = generate(scheduler, *[tree.fork(root) for _ in range(5)], max_tokens=8)
+    later = generate(scheduler, tree.fork(root), max_tokens=1)
+    step(scheduler)
+    assert scheduler.running == requests[:2]
+    scheduler.remove(requests[0])
+    step(scheduler)
+    assert scheduler.running == requests[1:3]  # the last one would fit, and still waits its turn
+    for request in requests[1:]:
+        scheduler.remove(request)
+    step(scheduler)
+    assert scheduler.running == later
+    tree.check_integrity()
 
 
 def test_what_fits_later_waits() -> None:

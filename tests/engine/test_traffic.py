@@ -108,17 +108,19 @@ async def test_concurrent_tasks_with_cancellations_leak_nothing(tiny_folder: Cal
         del tasks, outcomes
 
 
-def test_a_tenth_of_the_memory_is_refused_cleanly(tiny_folder: Callable[[str], Path]) -> None:
-    """32 branches in a pool for three: refused at once, in halves too, until what fits runs; nothing leaks."""
+def test_a_tenth_of_the_memory_is_enough(tiny_folder: Callable[[str], Path]) -> None:
+    """32 branches in a pool for two run in turns; one that would not fit alone is refused, and nothing leaks."""
     folder = tiny_folder("llama")
     with Engine.load(str(folder), dtype="float32", kv_memory="48KiB", block_size=8) as engine:
         root = engine.root(token_ids=[5] * 20)
         total = engine.stats().blocks_total
         forks = root.fork(32)
         with pytest.raises(OutOfBlocks) as caught:
-            engine.generate(forks, max_tokens=64)
+            engine.generate(forks, max_tokens=200)
         assert caught.value.needed > total
         assert engine.stats().blocks_used == 0
-        done = engine.generate(forks[:2], max_tokens=16, ignore_eos=True)
-        assert [out.finish_reason for out in done] == ["length", "length"]
+        done = engine.generate(forks, max_tokens=16, ignore_eos=True)
+        assert {out.finish_reason for out in done} == {"length"}
+        assert len({out.token_ids for out in done}) == 1
+        assert engine.stats().blocks_peak <= total
         engine.check_integrity()

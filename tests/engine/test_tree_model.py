@@ -7,6 +7,9 @@ token.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -15,9 +18,12 @@ from dendrite.engine.blocks import BlockPool
 from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.plan import Run
+from dendrite.engine.pressure import Pressure
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.scheduler import _StepBuilder
+from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
+from tests.engine.list_mover import ListMover
 
 TOKENS = st.integers(0, 5)
 
@@ -29,9 +35,19 @@ class TreeMachine(RuleBasedStateMachine):
 
     @initialize(block_size=st.sampled_from([1, 2, 3, 4, 8]), num_blocks=st.sampled_from([24, 60, 200]))
     def make(self, block_size: int, num_blocks: int) -> None:
-        self.tree = KVTree(BlockPool(num_blocks, block_size))
         self.memory = [-1] * ((num_blocks + 1) * block_size)  # slot -> the token whose K/V lies there
         self.model: dict[Tip, list[int]] = {}
+        folder = tempfile.TemporaryDirectory()
+        self.swap = SwapSpace(
+            ListMover(self.memory, block_size),
+            bytes_per_token=1,
+            host_bytes=30,
+            disk_bytes=40,
+            folder=Path(folder.name),
+        )
+        self.folder = folder
+        self.tree = KVTree(BlockPool(num_blocks, block_size), drop_stored=self.swap.drop)
+        self.pressure = Pressure(self.tree, self.swap)
 
     @rule(target=branches, tokens=st.lists(TOKENS, min_size=1, max_size=20))
     def root(self, tokens: list[int]) -> Tip:
@@ -52,6 +68,16 @@ class TreeMachine(RuleBasedStateMachine):
         assert (self.tree.cache.num_hits > hits) <= (shared > 0)
         self.model[tip] = list(path)
         return tip
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), num=st.integers(1, 30))
+    def preempt(self, data: st.DataObject, num: int) -> None:
+        """What the scheduler does under pressure; a step brings back what it needs."""
+        some = data.draw(st.lists(st.sampled_from(list(self.model)), max_size=3, unique_by=id))
+        pool = self.tree.pool
+        wanted = min(pool.num_total, pool.num_available + num)
+        most = pool.num_available + self.pressure.num_movable(some)
+        assert self.pressure.make_room(wanted, some) == (wanted <= most)
 
     @rule()
     def clear_cache(self) -> None:
@@ -90,16 +116,15 @@ class TreeMachine(RuleBasedStateMachine):
         some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=8, unique_by=id))
         available = self.tree.pool.num_available
         needed = demand(self.tree.pool, [(tip, 0, False) for tip in some])
-        builder = _StepBuilder(self.tree)
+        builder = _StepBuilder(self.tree, self.pressure)
         for tip in some:
             builder.add_request(GenerateRequest(tip, 1), budget=budget)
         step = builder.build()
         assert not step.failed or needed > available
         if step.batch is None:
             return
-        batch, size = step.batch, self.tree.pool.block_size
-        for source, target in batch.copies:
-            self.memory[target * size : (target + 1) * size] = self.memory[source * size : (source + 1) * size]
+        batch = step.batch
+        self.swap.mover.copy_blocks(batch.copies)
         for token, slot in zip(batch.token_ids, batch.slots, strict=True):
             if slot:
                 self.memory[slot] = token
@@ -131,6 +156,8 @@ class TreeMachine(RuleBasedStateMachine):
         if not hasattr(self, "tree"):
             return
         self.tree.check_integrity()
+        assert self.swap.host_used <= 30
+        assert self.swap.disk_used <= 40
         for tip, tokens in self.model.items():
             assert self.tree.token_ids(tip) == tokens
         for node in self.tree.nodes.values():
@@ -139,6 +166,7 @@ class TreeMachine(RuleBasedStateMachine):
             assert [self.memory[slot] for slot in slots] == node.token_ids[: node.num_computed]
         if not self.model:
             assert self.tree.pool.num_used == 0
+            assert self.swap.host_used == self.swap.disk_used == 0
 
     def check_first_block(self, node: KVNode) -> None:
         """A block is whole for kernels that read block tables: it starts with the tokens before the node's own."""
@@ -155,6 +183,9 @@ class TreeMachine(RuleBasedStateMachine):
             assert self.tree.pool.num_available == self.tree.pool.num_total
             self.tree.clear_cache()
             assert self.tree.pool.num_free == self.tree.pool.num_total
+            assert self.swap.host_used == self.swap.disk_used == 0
+            assert not any(Path(self.folder.name).rglob("*.safetensors"))
+            self.folder.cleanup()
 
 
 TestTree = TreeMachine.TestCase

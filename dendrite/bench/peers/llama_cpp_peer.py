@@ -9,10 +9,10 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
-from dendrite.bench.peers.protocol import PeerError, TreeTask, TreeTimes, serve
+from dendrite.bench.peers.protocol import Answer, PeerError, TreeTask, TreeTimes, serve, tree_answer
 
 BATCH = 512
 """Tokens given to one call of `llama_decode`, its own default."""
@@ -108,14 +108,14 @@ class LlamaCpp:
 def main(path: str) -> None:
     """Load, then answer tasks until the input ends."""
 
-    def start() -> tuple[str, Callable[[TreeTask], TreeTimes]]:
+    def start() -> tuple[str, Answer]:
         try:
             library = importlib.import_module("llama_cpp")
         except ImportError as error:
             raise PeerError(INSTALL) from error
         peer = LlamaCpp(library, path)
         peer.run(TreeTask([1] * 8, 2, 4, 1.0, 0))
-        return f"llama-cpp-python {library.__version__}", peer.run
+        return f"llama-cpp-python {library.__version__}", tree_answer(peer.run)
 
     serve(start)
 

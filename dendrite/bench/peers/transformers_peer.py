@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from dendrite.bench.peers.protocol import TreeTask, TreeTimes, serve
+from dendrite.bench.peers.protocol import Answer, TreeTask, TreeTimes, serve, tree_answer
 
 
 @runtime_checkable
@@ -116,7 +116,7 @@ FORMS: dict[str, Callable[[PreTrainedModel, TreeTask], TreeTimes]] = {
 def main(folder: str, dtype: str, form: str) -> None:
     """Load, then answer tasks until the input ends."""
 
-    def start() -> tuple[str, Callable[[TreeTask], TreeTimes]]:
+    def start() -> tuple[str, Answer]:
         transformers.utils.logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
@@ -129,7 +129,7 @@ def main(folder: str, dtype: str, form: str) -> None:
                 return run(model, task)
 
         repetition(TreeTask([1] * 8, 2, 4, 1.0, 0))
-        return transformers.__version__, repetition
+        return transformers.__version__, tree_answer(repetition)
 
     serve(start)
 

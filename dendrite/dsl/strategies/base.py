@@ -2,7 +2,7 @@
 
 The search loop holds the state. It asks, does what was asked, all of it in one batch, and tells the results in the
 order they were asked, each tell followed by the ask it frees. So timing never changes a search, and a state that is
-made of plain values can be written down and gone on from.
+made of plain values can be written down as JSON and gone on from.
 
     state = strategy.begin(root)
     state, asks = strategy.ask(state)        # [Expand(0)]
@@ -14,13 +14,13 @@ made of plain values can be written down and gone on from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from typing_extensions import TypeVar
 
-from dendrite.dsl.types import StepId
+from dendrite.dsl.types import Prompt, StepId
 
 P = TypeVar("P", default=Any)
 """A strategy's state: frozen, made of plain values."""
@@ -36,6 +36,9 @@ class Candidate:
     value: float | None = None
     """Higher is better; None where the program has no score."""
     prior: float = 1.0
+    """What `@expand` and `Child` said of it beforehand."""
+    logprob: float | None = None
+    """Mean log-probability of its tokens; of a `Child`'s only for strategies that want it (`wants_logprobs`)."""
     is_terminal: bool = False
     """Not to be expanded."""
     is_goal: bool = False
@@ -48,9 +51,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Expand:
-    """Ask for the children of a node."""
+    """Ask for children of a node: all that the program proposes, or `width` more of them.
+
+    `width` of several proposals are drawn by their priors; a child that `@expand` made itself is drawn once at most.
+    """
 
     node: StepId
+    width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,24 @@ class Select:
     nodes: tuple[StepId, ...]
 
 
-Ask = Expand | Select
+@dataclass(frozen=True, slots=True)
+class Reflect:
+    """Ask the model about a node. The answer joins every later node's `reflections`, or stays in the node's text."""
+
+    node: StepId
+    prompt: Prompt
+    is_kept: bool = False
+    """Leave question and answer in the node's transcript, for what continues it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """Ask what these nodes vote for."""
+
+    nodes: tuple[StepId, ...]
+
+
+Ask = Expand | Select | Reflect | Vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +102,23 @@ class Selected:
     nodes: tuple[StepId, ...]
 
 
-Told = Expanded | Selected
+@dataclass(frozen=True, slots=True)
+class Reflected:
+    """What the model said to a `Reflect`."""
+
+    node: StepId
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Voted:
+    """The result of a `Vote`: nodes that vote for the same have the same number; None does not vote."""
+
+    nodes: tuple[StepId, ...]
+    ballots: tuple[int | None, ...]
+
+
+Told = Expanded | Selected | Reflected | Voted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +135,13 @@ class ProgramFacts:
 class Strategy(ABC, Generic[P]):
     """A search algorithm. Subclass it for one of your own; all methods are pure."""
 
+    chooses_frontier: ClassVar[bool] = False
+    """Whether it asks for each choice with `Select`; else `@prune` chooses among the children of every node."""
+    wants_logprobs: bool = False
+    """Whether `Candidate.logprob` is wanted of children that `@expand` made itself too: one pass more for each node."""
+    vote: Callable[..., Hashable] | None = None
+    """What nodes vote for, where the strategy asks for `Vote`s."""
+
     def check(self, facts: ProgramFacts) -> None:
         """Refuse a program that this strategy cannot run.
 
@@ -103,8 +150,8 @@ class Strategy(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def begin(self, root: Candidate) -> P:
-        """The state before anything was asked."""
+    def begin(self, root: Candidate, seed: int = 0) -> P:
+        """The state before anything was asked; `seed` is for whatever the strategy draws."""
 
     @abstractmethod
     def ask(self, state: P) -> tuple[P, Sequence[Ask]]:

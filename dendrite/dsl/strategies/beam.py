@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, ProgramFacts, Select, Strategy, Told
+from dendrite.dsl.strategies.base import (
+    Ask,
+    Candidate,
+    Expand,
+    Expanded,
+    ProgramFacts,
+    Select,
+    Selected,
+    Strategy,
+    Told,
+)
 from dendrite.dsl.types import StepId
 from dendrite.engine.errors import ProgramError
 
@@ -47,6 +57,8 @@ class Beam(Strategy[BeamState]):
         depth: rounds at most, so the steps of the longest path.
     """
 
+    chooses_frontier = True
+
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
@@ -62,8 +74,9 @@ class Beam(Strategy[BeamState]):
                 "add a @score, a @prune function, or an @observe that finds goals"
             )
 
-    def begin(self, root: Candidate) -> BeamState:
-        """The root is the first frontier."""
+    def begin(self, root: Candidate, seed: int = 0) -> BeamState:
+        """The root is the first frontier; nothing is drawn."""
+        del seed
         return BeamState(frontier=(root,), fallback=root)
 
     def ask(self, state: BeamState) -> tuple[BeamState, Sequence[Ask]]:
@@ -84,6 +97,7 @@ class Beam(Strategy[BeamState]):
         state = replace(state, num_awaited=state.num_awaited - 1)
         if isinstance(told, Expanded):
             return _gathered(state, told.children)
+        assert isinstance(told, Selected), "nothing else was asked"
         by_id = {child.id: child for child in state.children}
         frontier = tuple(by_id[node] for node in told.nodes)
         fallback = max((*frontier, *state.children), key=lambda node: node.rank) if not frontier else frontier[0]

@@ -17,7 +17,7 @@ class _Later(Strategy[None]):
         del facts
         raise ProgramError(f"{self} comes with a later version: use Beam(depth=...) now, the program stays as it is")
 
-    def begin(self, root: Candidate) -> None:
+    def begin(self, root: Candidate, seed: int = 0) -> None:
         raise NotImplementedError
 
     def ask(self, state: None) -> tuple[None, Sequence[Ask]]:

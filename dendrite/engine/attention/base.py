@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 from torch import Tensor
 
@@ -36,12 +37,22 @@ class AttentionBackend(ABC):
 
         Args:
             layer: which layer's K/V to read.
-            query: [num_rows, num_heads, head_dim], the pool's dtype; `num_heads` is a multiple of the K/V heads'.
+            query: [num_rows, num_heads, head_dim], the pool's dtype; `num_heads` is a multiple of the K/V heads'. A
+                back end that replays captured graphs takes more rows than were planned, which pad them to a bucket.
             scale: what scores are multiplied by before the softmax.
 
         Returns:
-            [num_rows, num_heads, head_dim], the query's dtype.
+            [num_rows, num_heads, head_dim], the query's dtype; what padding rows hold means nothing.
         """
+
+    @property
+    def variant(self) -> Hashable:
+        """Which kernels the prepared plan runs with: a graph captured with one variant serves its plans only."""
+        return None
+
+    def can_capture(self, plan: Plan) -> bool:  # noqa: ARG002, a back end without graphs captures none
+        """Whether `run` may be captured in a graph that later plans replay, `prepare` alone between them."""
+        return False
 
 
 class AttentionStep:

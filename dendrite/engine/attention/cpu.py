@@ -25,6 +25,9 @@ from dendrite.engine.ids import TRASH_BLOCK
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.spec import ModelSpec
 
+MIN_JOINED = 128
+"""Keys that a run's stretches have to have on average to be joined one by one; shorter ones are gathered by slot."""
+
 
 class TreeAttention(AttentionBackend):
     """Runs a plan tile by tile."""
@@ -131,8 +134,8 @@ class _RunPart(_Part):
         self._scores = buffers.scores[:, rows, :, columns].view(num_heads, -1, run.num_keys)
         self._weights = buffers.weights[:, rows, :, columns].view(num_heads, -1, run.num_keys)
         self._output = buffers.output[:, rows].view(num_heads, -1, buffers.output.shape[-1])
-        self._span = slice(*run.spans[0])
-        self._slots = _slots(run) if len(run.spans) > 1 else None
+        self._spans = [slice(*span) for span in run.spans]
+        self._slots = _slots(run) if len(run.spans) > 1 and run.num_keys < MIN_JOINED * len(run.spans) else None
         self._ceiling = _ceiling(run, buffers.scores.dtype)
         if self._ceiling is not None:
             first = column + run.num_keys - self._ceiling.shape[-1]
@@ -156,10 +159,13 @@ class _RunPart(_Part):
 
     def _load(self, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
         # [2, num_kv_heads, num_slots, head_dim] -> two of [num_kv_heads, num_keys, head_dim]
-        if self._slots is None:
-            keys, values = keys_and_values[:, :, self._span].unbind()
+        if self._slots is not None:
+            found = keys_and_values.index_select(2, self._slots)
+        elif len(self._spans) > 1:
+            found = torch.cat([keys_and_values[:, :, span] for span in self._spans], 2)
         else:
-            keys, values = keys_and_values.index_select(2, self._slots).unbind()
+            found = keys_and_values[:, :, self._spans[0]]
+        keys, values = found.unbind()
         return keys, values
 
 

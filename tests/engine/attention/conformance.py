@@ -87,19 +87,20 @@ def make_case(
     block_size: int = 4,
     dtype: str = "float32",
     is_scattered: bool = False,
+    device: str = "cpu",
 ) -> Case:
     """Place a tree into a pool, contiguous or scattered block by block, and plan it."""
     layout = _Layout(rng, block_size, is_scattered=is_scattered)
     layout.place(tree, [])
     spec = ModelSpec("case", 2, num_heads, num_kv_heads, head_dim, num_heads * head_dim, 8, 1 << 20, dtype)
     num_blocks = max(layout.last_block, 1)
-    pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu"))
+    pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=torch.device(device))
     pool.data.fill_(torch.nan)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     used = torch.tensor(sorted({slot for slots in layout.row_slots for slot in slots}))
     shape = (*pool.data.shape[:3], len(used), head_dim)
-    pool.data[:, :, :, used] = torch.randn(shape, generator=generator).to(pool.data.dtype)
-    query = torch.randn((len(layout.row_slots), num_heads, head_dim), generator=generator).to(pool.data.dtype)
+    pool.data[:, :, :, used] = torch.randn(shape, generator=generator).to(pool.data)
+    query = torch.randn((len(layout.row_slots), num_heads, head_dim), generator=generator).to(pool.data)
     return Case(pool, spec, Plan(len(layout.row_slots), tuple(layout.segments)), layout.row_slots, query)
 
 
@@ -150,8 +151,9 @@ def expected(case: Case, layer: int, scale: float) -> Tensor:
     """Attention by its definition, float64: [num_rows, num_heads, head_dim]."""
     group = case.spec.num_heads // case.spec.num_kv_heads
     rows = []
-    for query, slots in zip(case.query.double(), case.row_slots, strict=True):
-        keys, values = case.pool.data[layer][:, :, slots].double().repeat_interleave(group, dim=1)
+    pool = case.pool.data[layer].cpu().double()
+    for query, slots in zip(case.query.cpu().double(), case.row_slots, strict=True):
+        keys, values = pool[:, :, slots].repeat_interleave(group, dim=1)
         weights = torch.softmax(torch.einsum("hd,hkd->hk", query, keys) * scale, dim=-1)
         rows.append(torch.einsum("hk,hkd->hd", weights, values))
     return torch.stack(rows)
@@ -165,4 +167,4 @@ def assert_conforms(backend: Callable[[KVPool, ModelSpec], AttentionBackend], ca
         output = made.run(layer, case.query, 0.3)
         assert output.shape == case.query.shape
         assert output.dtype == case.query.dtype
-        torch.testing.assert_close(output.double(), expected(case, layer, 0.3), rtol=0, atol=tolerance)
+        torch.testing.assert_close(output.cpu().double(), expected(case, layer, 0.3), rtol=0, atol=tolerance)

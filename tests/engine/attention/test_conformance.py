@@ -31,6 +31,7 @@ SHAPES: dict[str, Node] = {
     "star of a long trunk": conformance.star(3, 2500, 40),
     "balanced": conformance.balanced(3, 3, 11),
     "chain": conformance.chain(60, 3),
+    "chain of long nodes": conformance.chain(2, 300),
     "comb": conformance.comb(20, 5),
     "single tokens": conformance.balanced(4, 2, 1),
     "one key": Node(1, 1),

@@ -1,0 +1,49 @@
+"""What strategies ask beside expansions: reflections and votes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from dendrite.dsl.functions import Function, OutOfBudget, together
+from dendrite.dsl.node import Node, Question, Sampling
+from dendrite.dsl.run import Run, append_prompt
+from dendrite.dsl.strategies.base import Reflect, Reflected, Vote, Voted
+from dendrite.dsl.types import shown
+
+_SAMPLING = Sampling(max_tokens=128, stop=(), temperature=0.0)
+"""Of reflections: short ones, for they are read by all that comes after."""
+
+
+async def reflect(run: Run, ask: Reflect) -> Reflected:
+    """The model's answer, greedily; nothing where the budget ended."""
+    step = run.steps[ask.node]
+    try:
+        answer = await run.ask(step, Question(ask.prompt, fresh=False, sampling=_SAMPLING))
+    except OutOfBudget:
+        return Reflected(ask.node, "")
+    if ask.is_kept:
+        assert step.branch is not None, "nodes of a run have branches"
+        append_prompt(step.branch, ask.prompt)
+        step.branch.append(answer.token_ids)
+        step.appended += shown(ask.prompt) + answer.text
+    else:
+        run.reflections.append(answer.text.strip())
+    return Reflected(ask.node, answer.text)
+
+
+async def vote(run: Run, function: Function, ask: Vote) -> Voted:
+    """What each node votes for, as numbers in the order first seen.
+
+    Raises:
+        CallbackError: the function raised, or returned what cannot be hashed.
+    """
+    nodes = [Node(run.steps[node]) for node in ask.nodes]
+    said = await together([function.run(node, [node]) for node in nodes])
+    numbers: dict[Hashable, int] = {}
+    ballots: list[int | None] = []
+    for node, ballot in zip(nodes, said, strict=True):
+        try:
+            ballots.append(None if ballot is None else numbers.setdefault(ballot, len(numbers)))
+        except TypeError:
+            raise function.failed(f"returned {ballot!r}, which cannot be hashed", [node]) from None
+    return Voted(ask.nodes, tuple(ballots))

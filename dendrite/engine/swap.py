@@ -1,0 +1,157 @@
+"""Where the K/V of idle nodes goes when the pool is too small: host memory, then disk, and last of all nowhere.
+
+    pool ── put ──► host memory ── when that is full, the oldest ──► disk ── when that is full ──► lost
+      ▲                  │                                            │                             │
+      └──────────────── take: the very same bits ─────────────────────┘      computed again ◄───────┘
+
+Nothing here can fail a request: what cannot be kept, for want of room or because a disk is full or broken, is lost, and
+whoever needs it computes it again from its tokens. The tensors are moved by a `KVMover`; this room only decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dendrite.engine.ids import BlockId
+
+Spans = Sequence[tuple[int, int]]
+"""Ranges of slots `[first, last)`, in order."""
+
+
+class KVMover(Protocol):
+    """Moves K/V between the pool, host memory and files; lives where the tensors do.
+
+    Calls take effect in the order they are made, also on a device that runs behind.
+    """
+
+    def save(self, spans: Spans) -> object:
+        """A copy in host memory of the K/V in those slots."""
+
+    def load(self, saved: object, slots: Sequence[int]) -> None:
+        """Puts the leading tokens of what `save` or `read` returned into those slots."""
+
+    def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Copies whole blocks, `(source, destination)`."""
+
+    def write(self, saved: object, path: Path) -> None:
+        """Writes a copy to a file. Raises `OSError` where that is impossible."""
+
+    def read(self, path: Path) -> object:
+        """The copy in a file. Raises `OSError` or `ValueError` if it is damaged."""
+
+
+@dataclass(eq=False, slots=True)
+class Stored:
+    """The K/V of a node's first `num_tokens` tokens, out of the pool."""
+
+    num_tokens: int
+    num_bytes: int
+    number: int
+    saved: object | None
+    """The copy in host memory, if it is there."""
+    path: Path | None = None
+    """The file, if it is there."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has to be computed again."""
+        return self.saved is None and self.path is None
+
+
+class SwapSpace:
+    """Room for stored K/V: `host_bytes` of memory, then `disk_bytes` of files in a folder made below `folder`."""
+
+    def __init__(
+        self, mover: KVMover, *, bytes_per_token: int, host_bytes: int, disk_bytes: int = 0, folder: Path | None = None
+    ) -> None:
+        self.mover = mover
+        self.host_used = 0
+        self.disk_used = 0
+        self.num_tokens_out = 0
+        self.num_tokens_in = 0
+        self.num_tokens_lost = 0
+        self._bytes_per_token = bytes_per_token
+        self._host_bytes = host_bytes
+        self._disk_bytes = disk_bytes
+        self._parent = folder
+        self._folder: Path | None = None
+        self._in_host: OrderedDict[int, Stored] = OrderedDict()  # by number, oldest first
+        self._numbers = itertools.count()
+
+    def put(self, spans: Spans, num_tokens: int) -> Stored:
+        """Takes a copy; what there is no room for is lost, the oldest first."""
+        size = num_tokens * self._bytes_per_token
+        stored = Stored(num_tokens, size, next(self._numbers), None)
+        self.num_tokens_out += num_tokens
+        if size > max(self._host_bytes, self._disk_bytes):
+            self.num_tokens_lost += num_tokens
+            return stored
+        stored.saved = self.mover.save(spans)
+        self._in_host[stored.number] = stored
+        self.host_used += size
+        while self.host_used > self._host_bytes:
+            self._spill(next(iter(self._in_host.values())))
+        return stored
+
+    def take(self, stored: Stored, slots: Sequence[int]) -> bool:
+        """Puts it back into the pool and forgets it; False if it was lost."""
+        saved = stored.saved
+        if saved is None and stored.path is not None:
+            try:
+                saved = self.mover.read(stored.path)
+            except (OSError, ValueError):
+                self.num_tokens_lost += stored.num_tokens
+        self.drop(stored)
+        if saved is None:
+            return False
+        self.mover.load(saved, slots)
+        self.num_tokens_in += len(slots)
+        return True
+
+    def drop(self, stored: Stored) -> None:
+        """Forgets it."""
+        self._leave_host(stored)
+        if stored.path is not None:
+            self.disk_used -= stored.num_bytes
+            stored.path.unlink(missing_ok=True)
+            stored.path = None
+
+    def close(self) -> None:
+        """Removes every file."""
+        self._in_host.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spill(self, stored: Stored) -> None:
+        """From host memory to disk, or to nowhere."""
+        saved = stored.saved
+        self._leave_host(stored)
+        if self.disk_used + stored.num_bytes <= self._disk_bytes:
+            path: Path | None = None
+            try:
+                path = self._file(stored.number)
+                self.mover.write(saved, path)
+                stored.path = path
+                self.disk_used += stored.num_bytes
+                return
+            except OSError:  # a full or broken disk is no reason to fail a request
+                if path is not None:
+                    path.unlink(missing_ok=True)
+        self.num_tokens_lost += stored.num_tokens
+
+    def _leave_host(self, stored: Stored) -> None:
+        if self._in_host.pop(stored.number, None) is not None:
+            self.host_used -= stored.num_bytes
+            stored.saved = None
+
+    def _file(self, number: int) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="dendrite-swap-", dir=self._parent))
+        return self._folder / f"{number}.safetensors"

@@ -1,0 +1,170 @@
+"""Work lists: every row reads its path, each key once; work is shared out evenly; what is merged is listed."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dendrite.engine.attention.worklist import HEADER_FIELDS, PlanArrays, Tiling, WorkList, build
+from dendrite.engine.batch import Plan, Segment
+from tests.engine.attention import conformance
+from tests.engine.attention.conformance import Node
+
+TILING = Tiling(
+    num_programs=6, num_kv_heads=2, tile_rows=4, block_keys=16, entry_keys=4, min_strip_blocks=2, min_share=1
+)
+
+SHAPES: dict[str, Node] = {
+    "star": conformance.star(9, 300, 21),
+    "balanced": conformance.balanced(3, 3, 11),
+    "chain": conformance.chain(30, 3),
+    "comb": conformance.comb(12, 5),
+    "single tokens": conformance.balanced(4, 2, 1),
+    "one key": Node(1, 1),
+    "chunk of a prompt": Node(200, 30),
+    "chunk above leaves": Node(64, 40, [Node(5, 1), Node(90, 70), Node(3, 3)]),
+    "long leaves": Node(3, 0, [Node(length, 1) for length in (1, 170, 3, 64, 40, 2)]),
+}
+
+
+def reads(work: WorkList, tiling: Tiling) -> dict[tuple[int, int], list[int]]:
+    """Follow the work list as the kernel does: the slots that each (row, K/V head) reads."""
+    slots: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for item in work.items.tolist():
+        row_start, num_rows, head, first_strip, last_strip, first, last, first_gather, last_gather = item[:9]
+        for strip in range(first_strip, last_strip):
+            start, slot, low, high = work.strips[strip].tolist()
+            begin, end = max(first, start), min(last, int(work.strips[strip + 1, 0]))
+            assert begin < end
+            assert 0 <= low < high <= num_rows
+            at = slot + (begin - start) * tiling.block_keys
+            for row in range(low, high):
+                slots[row_start + row, head] += range(at, at + (end - begin) * tiling.block_keys)
+        per_block = tiling.block_keys // tiling.entry_keys
+        for place, readers in work.entries[first_gather * per_block : last_gather * per_block].tolist():
+            slot, stand_ins = divmod(place, tiling.entry_keys)
+            num_keys, low, high, is_causal = readers & 255, readers >> 8 & 255, readers >> 16 & 255, readers >> 24
+            assert num_keys in (0, stand_ins + 1)
+            for offset in range(num_keys):
+                for row in range(low + is_causal * offset, high):
+                    slots[row_start + row, head].append(slot + offset)
+    return slots
+
+
+def assert_reads_paths(plan: Plan, row_slots: list[list[int]], tiling: Tiling) -> None:
+    slots = reads(build(plan, tiling), tiling)
+    for row, path in enumerate(row_slots):
+        for head in range(tiling.num_kv_heads):
+            assert sorted(slots[row, head]) == sorted(path)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_rows_read_their_paths(name: str, is_scattered: bool) -> None:
+    """Every row reads each key of its path once and nothing else, for every head."""
+    case = conformance.make_case(SHAPES[name], random.Random(name), is_scattered=is_scattered)
+    assert_reads_paths(case.plan, case.row_slots, TILING)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_trees_and_tilings(seed: int) -> None:
+    """The same for any tree, tile, block and number of programs."""
+    rng = random.Random(seed)
+    case = conformance.make_case(
+        conformance.drawn(rng), rng, block_size=rng.choice([1, 4, 8, 16]), is_scattered=rng.random() < 0.5
+    )
+    entry_keys = rng.choice([1, 2, 8])
+    tiling = Tiling(
+        num_programs=rng.choice([1, 5, 40]),
+        num_kv_heads=rng.choice([1, 3]),
+        tile_rows=rng.choice([1, 5, 16, 128]),
+        block_keys=entry_keys * rng.choice([1, 4]),
+        entry_keys=entry_keys,
+        min_strip_blocks=rng.choice([1, 3]),
+        min_share=rng.choice([1, 4]),
+    )
+    assert_reads_paths(case.plan, case.row_slots, tiling)
+
+
+def fan(num_rows: int, trunk: int, leaf: int) -> Plan:
+    leaves = (Segment(((i, i + leaf),), leaf, row, row + 1) for row, i in enumerate(range(10_000, 10**6, leaf)))
+    return Plan(num_rows, (Segment(((0, trunk),), trunk, 0, num_rows), *(next(leaves) for _ in range(num_rows))))
+
+
+def test_a_trunk_is_a_strip_and_leaves_share_blocks() -> None:
+    """A shared prefix is loaded without masks; short leaves lie side by side in the gathered blocks."""
+    work = build(fan(4, 64, 3), TILING)
+    assert work.strips[:-1].tolist() == [[0, 0, 0, 4]]
+    assert len(work.entries) == 4
+    assert [entry & 255 for entry in work.entries[:, 1].tolist()] == [3, 3, 3, 3]
+
+
+def test_programs_share_evenly() -> None:
+    """No program has more than one block more than another."""
+    work = build(fan(8, 1024, 40), TILING)
+    blocks = (work.items[:, 6] - work.items[:, 5]) + (work.items[:, 8] - work.items[:, 7])
+    shares = [int(blocks[first:last].sum()) for first, last in zip(work.starts[:-1], work.starts[1:], strict=True)]
+    assert len(shares) == TILING.num_programs
+    assert max(shares) - min(shares) <= 1
+
+
+def test_little_work_takes_few_programs() -> None:
+    """No program is given less than the smallest share."""
+    work = build(fan(1, 64, 1), replace(TILING, num_programs=100, min_share=5))
+    shares = np.diff(work.starts)
+    assert int((shares > 0).sum()) == 2
+
+
+def test_what_is_not_cut_is_not_merged() -> None:
+    """A (tile, head) pair done by one program writes its output at once."""
+    work = build(fan(1, 1, 1), replace(TILING, num_programs=1))
+    assert work.num_partials == 0
+    assert work.items[:, 9].tolist() == [-1, -1]
+    assert work.pairs[:, 1].tolist() == [1, 1]
+
+
+def test_pairs_list_their_partial_results() -> None:
+    """Partial results are numbered from 0; each pair's are consecutive; there are at most two a program."""
+    work = build(fan(8, 1024, 40), TILING)
+    assert sorted(slot for slot in work.items[:, 9].tolist() if slot >= 0) == list(range(work.num_partials))
+    assert work.num_partials <= 2 * TILING.num_programs
+    pairs = work.row_tiles[work.items[:, 0]] * TILING.num_kv_heads + work.items[:, 2]
+    for pair, (first, count, row_start, _) in enumerate(work.pairs.tolist()):
+        of_pair = work.items[pairs == pair]
+        assert len(of_pair) == count
+        assert set(of_pair[:, 0].tolist()) == {row_start}
+        if count > 1:
+            assert of_pair[:, 9].tolist() == list(range(first, first + count))
+
+
+def test_tiles_are_cut_between_subtrees() -> None:
+    """Where there is a choice, a tile ends where few keys are read on both sides."""
+    halves = (Segment(((0, 500),), 500, 0, 5), Segment(((500, 1000),), 500, 5, 9))
+    plan = Plan(9, (*halves, *(Segment(((2000 + row, 2001 + row),), 1, row, row + 1) for row in range(9))))
+    arrays = PlanArrays(plan)
+    assert arrays.cut_rows(6).tolist() == [0, 5, 9]
+    assert arrays.keys_read(arrays.cut_rows(6)) == 1009
+    assert arrays.keys_read(np.array([0, 6, 9])) == 1509
+
+
+def test_packed_sections() -> None:
+    """The packed form is the header and the sections it points to."""
+    work = build(fan(3, 64, 5), TILING)
+    packed = np.zeros(work.size, np.int32)
+    work.pack(packed)
+    sections = (work.items, work.starts, work.strips, work.entries, work.row_tiles, work.pairs)
+    assert packed[0] == 3
+    assert packed[1] == HEADER_FIELDS
+    for at, section in zip(packed[1:7].tolist(), sections, strict=True):
+        assert packed[at : at + section.size].tolist() == section.reshape(-1).tolist()
+
+
+def test_no_rows() -> None:
+    """An empty plan is no work."""
+    work = build(Plan(0, ()), TILING)
+    assert len(work.items) == 0
+    assert not work.starts.any()
