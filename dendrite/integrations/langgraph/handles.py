@@ -1,0 +1,117 @@
+"""A branch as a string, which is what a graph's state can carry: all that it takes to go on from there, anywhere.
+
+    handle_of(branch) ──► "dendrite:1:smollm2-135m-instruct:8f…:eJw…"        model, randomness, tokens, digest
+    open_handle(engine, handle) ──► a new branch after the same tokens
+
+A handle is a snapshot: it never changes, several futures may go on from it, and it holds no K/V. The engine keeps what
+nobody holds as a cache, so opening one computes nothing as long as the cache has it; after that, or in another process,
+its tokens are computed again. So a checkpoint is a lease on its K/V, and only nodes that run pin any.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import zlib
+from array import array
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dendrite.engine.branch import Branch
+from dendrite.engine.engine import Engine
+from dendrite.engine.errors import BranchError
+
+_PREFIX = "dendrite:1"
+_DIGEST_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a handle says."""
+
+    model: str
+    token_ids: tuple[int, ...]
+    draw: int
+    """The seed of what is generated from here."""
+
+    def handle(self) -> str:
+        """As a string, about four bytes a token."""
+        packed = urlsafe_b64encode(zlib.compress(array("I", self.token_ids).tobytes(), 9)).decode()
+        body = f"{_PREFIX}:{self.model}:{self.draw:x}:{packed}"
+        return f"{body}:{_digest(body)}"
+
+    @classmethod
+    def read(cls, handle: str) -> Snapshot:
+        """The way back.
+
+        Raises:
+            BranchError: this is no handle, or it was damaged.
+        """
+        body, _, digest = str(handle).rpartition(":")
+        if not body.startswith(f"{_PREFIX}:") or digest != _digest(body):
+            raise BranchError(f"{str(handle)[:40]!r} is no handle of a branch, or was changed: take one of handle_of()")
+        model, draw, packed = body.removeprefix(f"{_PREFIX}:").rsplit(":", 2)
+        try:
+            token_ids = array("I", zlib.decompress(urlsafe_b64decode(packed)))
+        except (binascii.Error, zlib.error, ValueError) as error:
+            raise BranchError("the handle is damaged: take a new one of handle_of()") from error
+        return cls(model, tuple(token_ids), int(draw, 16))
+
+    def fork(self, *path: object) -> Snapshot:
+        """The same place with randomness of its own, decided by `path`."""
+        return Snapshot(self.model, self.token_ids, seed_from(self.draw, *path))
+
+
+def handle_of(branch: Branch) -> str:
+    """A branch as it stands, for a graph's state.
+
+    Raises:
+        BranchError: the branch was pruned.
+    """
+    return Snapshot(branch.engine.name, tuple(branch.token_ids), branch.record.key_for(None) % 2**56).handle()
+
+
+def open_handle(engine: Engine, handle: str, *, seed: int | None = None) -> Branch:
+    """A new branch at the place that a handle names; prune it when you are done.
+
+    Args:
+        engine: runs the model that the handle is of.
+        handle: of `handle_of`, or of a node's result.
+        seed: of what is generated from here; None for the handle's own, which gives the same each time.
+
+    Raises:
+        BranchError: no handle, a damaged one, or one of another model. Nothing was made.
+        OutOfBlocks, EngineClosed: as for `Engine.root`.
+    """
+    snapshot = Snapshot.read(handle)
+    if snapshot.model != engine.name:
+        raise BranchError(
+            f"the handle is of model {snapshot.model!r} and this engine runs {engine.name!r}: open it on an engine "
+            "with that model, or start a new branch"
+        )
+    return engine.root(token_ids=snapshot.token_ids, seed=snapshot.draw if seed is None else seed)
+
+
+def seed_from(*path: object) -> int:
+    """A seed that depends on nothing but `path`."""
+    words = "/".join(map(str, path))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+
+def _digest(body: str) -> str:
+    return hashlib.blake2b(body.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def open_all(engine: Engine, handles: Sequence[str], *, path: Sequence[object] = ()) -> list[Branch]:
+    """A branch for each handle, or none of them; with a `path`, each draws by its handle, its place and that path."""
+    branches: list[Branch] = []
+    try:
+        for index, handle in enumerate(handles):
+            seed = seed_from(Snapshot.read(handle).draw, index, *path) if path else None
+            branches.append(open_handle(engine, handle, seed=seed))
+    except BaseException:
+        for branch in branches:
+            branch.prune()
+        raise
+    return branches
