@@ -54,8 +54,8 @@ def attend_items(
     USE_TILES: tl.constexpr,
 ):
     """Each program attends its items: one tile's rows, one K/V head, a stretch of the tile's blocks of keys."""
-    starts = work + tl.load(work + 2) + tl.program_id(0)
-    items = work + tl.load(work + 1)
+    starts = work + 8 + tl.program_id(0)
+    items = work + 9 + tl.num_programs(0)
     strips = work + tl.load(work + 3)
     entries = work + tl.load(work + 4)
     lane = tl.arange(0, BLOCK_M)
@@ -150,43 +150,37 @@ def merge_partials(
     work,  # int32, a packed WorkList
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Program (row, head) merges the partial results of one row's query heads under one K/V head, `WIDTH` at a time."""
+    """Program (row, query head) merges the partial results of one row of one head, `WIDTH` at a time."""
     row = tl.program_id(0)
-    head = tl.program_id(1)
+    query_head = tl.program_id(1)
+    head = query_head // GROUP
     if row < tl.load(work):
         tile = tl.load(work + tl.load(work + 5) + row)
         pair = work + tl.load(work + 6) + (tile * NUM_KV_HEADS + head) * 4
         first = tl.load(pair)
         count = tl.load(pair + 1)
+        lane = (row - tl.load(pair + 2)) * GROUP + query_head % GROUP
         if count > 1:
-            group = tl.arange(0, PADDED_GROUP)
             column = tl.arange(0, HEAD_DIM)
-            lane = (row - tl.load(pair + 2)) * GROUP + group
-            is_head = group < GROUP
-            top = tl.full([PADDED_GROUP], FLOOR, tl.float32)
-            total = tl.zeros([PADDED_GROUP], tl.float32)
-            result = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
+            top = tl.full([1], FLOOR, tl.float32)
+            total = tl.zeros([1], tl.float32)
+            result = tl.zeros([HEAD_DIM], tl.float32)
             for begin in range(0, count, WIDTH):
                 part = begin + tl.arange(0, WIDTH)
-                is_part = (part < count)[:, None] & is_head[None, :]
-                at = (first + part)[:, None] * BLOCK_M + lane[None, :]
+                is_part = part < count
+                at = (first + part) * BLOCK_M + lane
                 lse = tl.load(partial_lse + at, mask=is_part, other=FLOOR)
-                outputs = tl.load(
-                    partials + at.to(tl.int64)[:, :, None] * HEAD_DIM + column[None, None, :],
-                    mask=is_part[:, :, None],
-                    other=0.0,
-                )
+                place = partials + at.to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
+                outputs = tl.load(place, mask=is_part[:, None], other=0.0)
                 higher = tl.maximum(top, tl.max(lse, 0))
-                weights = tl.math.exp2(lse - higher[None, :])
+                weights = tl.where(is_part, tl.math.exp2(lse - higher), 0.0)
                 fade = tl.math.exp2(top - higher)
                 total = total * fade + tl.sum(weights, 0)
-                result = result * fade[:, None] + tl.sum(weights[:, :, None] * outputs, 0)
+                result = result * fade + tl.sum(weights[:, None] * outputs, 0)
                 top = higher
-            place = output + ((row * NUM_KV_HEADS + head) * GROUP + group).to(tl.int64)[:, None] * HEAD_DIM
-            result = result / total[:, None]
-            tl.store(place + column[None, :], result.to(output.dtype.element_ty), mask=is_head[:, None])
+            place = output + (row * NUM_KV_HEADS * GROUP + query_head).to(tl.int64) * HEAD_DIM + column
+            tl.store(place, (result / total).to(output.dtype.element_ty))

@@ -2,14 +2,13 @@
 
 `prepare` turns the plan into a work list in pinned memory and copies it, without waiting, into a static buffer on the
 device. `run` launches two kernels on a fixed grid that read everything about the tree from that buffer. So a graph that
-was captured with one plan replays with any other of the same `variant` that fits the buffer.
+was captured with one plan replays with any other that fits the buffer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from triton import next_power_of_2
@@ -17,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.tree_kernel import attend_items, merge_partials
-from dendrite.engine.attention.worklist import PlanArrays, Tiling, WorkList
+from dendrite.engine.attention.worklist import Tiling, WorkList, build
 from dendrite.engine.batch import Plan
 from dendrite.engine.errors import ModelError
 from dendrite.engine.kv_pool import KVPool
@@ -30,6 +29,9 @@ CAPACITY = 1 << 18
 """Numbers of the static buffer: 1 MiB, enough for half a million gathered keys."""
 ENTRY_KEYS = 8
 """Keys of an entry: short enough that single-token nodes waste little of a block."""
+MERGE_WIDTH = 32
+"""Partial results that are loaded at once."""
+LOG2_E = 1.4426950408889634
 INTERPRETER_PROCESSORS = 3
 """What the interpreter pretends to have: few, so that tests are quick, and more than one, so that work is cut."""
 
@@ -45,61 +47,51 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     programs_per_processor: int
-    cost: float = 1.0
-    """Of one key for one tile, relative to the other forms': measured."""
     use_tiles: bool = True
     """Load whole blocks with the tensor memory accelerator."""
 
 
-HALF_PRECISION = (
-    KernelConfig(64, 64, num_warps=4, num_stages=3, programs_per_processor=2, cost=1.0),
-    KernelConfig(128, 128, num_warps=8, num_stages=2, programs_per_processor=1, cost=1.5),
-)
-FULL_PRECISION = (KernelConfig(32, 32, num_warps=4, num_stages=2, programs_per_processor=2, cost=1.0, use_tiles=False),)
+HALF_PRECISION = KernelConfig(64, 64, num_warps=4, num_stages=3, programs_per_processor=2)
+FULL_PRECISION = KernelConfig(32, 32, num_warps=4, num_stages=2, programs_per_processor=2, use_tiles=False)
 
 
 class TritonTreeAttention(AttentionBackend):
     """Every key of a tree is read once for each tile of the rows under it."""
 
-    def __init__(self, pool: KVPool, spec: ModelSpec, *, configs: tuple[KernelConfig, ...] | None = None) -> None:
+    def __init__(self, pool: KVPool, spec: ModelSpec, *, config: KernelConfig | None = None) -> None:
         """Allocate the static buffers.
 
         Raises:
-            ModelError: a head width, dtype or number of query heads that the kernels are not made for.
+            ModelError: a head width or number of query heads that the kernels are not made for, or too large a pool.
         """
         super().__init__(pool, spec)
-        _check(spec)
+        _check(pool, spec)
         device = pool.data.device
         self._group = spec.num_heads // spec.num_kv_heads
-        self._configs = configs or (FULL_PRECISION if spec.dtype == "float32" else HALF_PRECISION)
-        processors = _num_processors(device)
-        self._tilings = tuple(self._tiling(config, processors) for config in self._configs)
-        self._config, self._tiling_now = self._configs[0], self._tilings[0]
-        num_lanes = max(
-            2 * tiling.num_programs * config.block_m
-            for tiling, config in zip(self._tilings, self._configs, strict=True)
+        self._config = config = config or (FULL_PRECISION if spec.dtype == "float32" else HALF_PRECISION)
+        self._tiling = Tiling(
+            num_programs=_num_processors(device) * config.programs_per_processor,
+            num_kv_heads=spec.num_kv_heads,
+            tile_rows=config.block_m // self._group,
+            block_keys=config.block_n,
+            entry_keys=min(ENTRY_KEYS, next_power_of_2(pool.block_size)),
         )
+        num_lanes = 2 * self._tiling.num_programs * config.block_m  # a program begins and ends at most one cut pair
         self._partials = torch.empty((num_lanes, spec.head_dim), dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(num_lanes, dtype=torch.float32, device=device)
         self._static_work = torch.zeros(CAPACITY, dtype=torch.int32, device=device)
         self._work = self._static_work
         self._staging = _Staging(device)
-        self._planned: tuple[Plan, int, WorkList] | None = None
-        self._descriptors: dict[tuple[int, int], TensorDescriptor] = {}
-
-    @property
-    def variant(self) -> int:
-        """Which of the compiled forms the prepared plan runs with."""
-        return self._configs.index(self._config)
+        self._listed: tuple[Plan, WorkList] | None = None
+        self._descriptors = [_descriptor(layer, config) for layer in pool.layers]
 
     def can_capture(self, plan: Plan) -> bool:
         """Whether the plan's work list fits the static buffer."""
-        return self._work_list(plan)[1].size <= CAPACITY
+        return self._work_list(plan).size <= CAPACITY
 
     def prepare(self, plan: Plan) -> None:
-        """Choose the kernel's form and copy the work list to the device; waits for nothing on the device."""
-        variant, work = self._work_list(plan)
-        self._config, self._tiling_now = self._configs[variant], self._tilings[variant]
+        """Copy the plan's work list to the device; waits for nothing on the device."""
+        work = self._work_list(plan)
         self._work = self._static_work
         if work.size > CAPACITY:
             self._work = torch.empty(work.size, dtype=torch.int32, device=self._static_work.device)
@@ -111,15 +103,15 @@ class TritonTreeAttention(AttentionBackend):
         if query.stride(2) != 1 or query.stride(1) != spec.head_dim:
             query = query.contiguous()
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        attend_items[(self._tiling_now.num_programs,)](
+        attend_items[(self._tiling.num_programs,)](
             query,
             output,
             self.pool.layers[layer],
-            self._descriptor(layer, config.block_n) if config.use_tiles else None,
+            self._descriptors[layer],
             self._partials,
             self._partial_lse,
             self._work,
-            scale * 1.4426950408889634,
+            scale * LOG2_E,
             self.pool.layers[layer].shape[2],
             query.stride(0),
             NUM_KV_HEADS=spec.num_kv_heads,
@@ -127,53 +119,31 @@ class TritonTreeAttention(AttentionBackend):
             HEAD_DIM=spec.head_dim,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            ENTRY_KEYS=self._tiling_now.entry_keys,
+            ENTRY_KEYS=self._tiling.entry_keys,
             STAGES=config.num_stages,
             PRECISION="ieee" if spec.dtype == "float32" else "tf32",
             USE_TILES=config.use_tiles,
             num_warps=config.num_warps,
         )
-        merge_partials[(query.shape[0], spec.num_kv_heads)](
+        merge_partials[query.shape[0], spec.num_heads](
             output,
             self._partials,
             self._partial_lse,
             self._work,
             NUM_KV_HEADS=spec.num_kv_heads,
             GROUP=self._group,
-            PADDED_GROUP=next_power_of_2(self._group),
             HEAD_DIM=spec.head_dim,
             BLOCK_M=config.block_m,
-            WIDTH=8,
+            WIDTH=MERGE_WIDTH,
             num_warps=4,
         )
         return output
 
-    def _tiling(self, config: KernelConfig, processors: int) -> Tiling:
-        return Tiling(
-            num_programs=processors * config.programs_per_processor,
-            num_kv_heads=self.spec.num_kv_heads,
-            tile_rows=config.block_m // self._group,
-            block_keys=config.block_n,
-            entry_keys=min(ENTRY_KEYS, next_power_of_2(self.pool.block_size)),
-        )
-
-    def _work_list(self, plan: Plan) -> tuple[int, WorkList]:
-        """The form that costs least and its work list; kept, since `can_capture` and `prepare` both ask."""
-        if self._planned is None or self._planned[0] is not plan:
-            arrays = PlanArrays(plan)
-            cuts = [arrays.cut_rows(tiling.tile_rows) for tiling in self._tilings]
-            costs = [config.cost * arrays.keys_read(bounds) for config, bounds in zip(self._configs, cuts, strict=True)]
-            variant = int(np.argmin(costs))
-            self._planned = (plan, variant, arrays.work(self._tilings[variant], cuts[variant]))
-        return self._planned[1:]
-
-    def _descriptor(self, layer: int, block_n: int) -> TensorDescriptor:
-        descriptor = self._descriptors.get((layer, block_n))
-        if descriptor is None:
-            slots = self.pool.layers[layer].view(-1, self.spec.head_dim)
-            descriptor = TensorDescriptor.from_tensor(slots, [block_n, self.spec.head_dim])
-            self._descriptors[layer, block_n] = descriptor
-        return descriptor
+    def _work_list(self, plan: Plan) -> WorkList:
+        """Kept, since `can_capture` and `prepare` both ask."""
+        if self._listed is None or self._listed[0] is not plan:
+            self._listed = (plan, build(plan, self._tiling))
+        return self._listed[1]
 
 
 class _Staging:
@@ -200,11 +170,20 @@ class _Staging:
             self._copied[self._turn].record()
 
 
-def _check(spec: ModelSpec) -> None:
+def _check(pool: KVPool, spec: ModelSpec) -> None:
     if spec.head_dim not in HEAD_DIMS:
         raise ModelError(f"the tree kernel is made for heads of {HEAD_DIMS} numbers, not {spec.head_dim}")
     if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
         raise ModelError(f"the tree kernel takes at most {MAX_GROUP} query heads for each K/V head")
+    if max(2 * spec.num_kv_heads, ENTRY_KEYS) * pool.layers[0].shape[2] >= 1 << 31:
+        raise ModelError("the tree kernel numbers slots with 32 bits: give the pool less memory")
+
+
+def _descriptor(layer: Tensor, config: KernelConfig) -> TensorDescriptor | None:
+    """What the tensor memory accelerator is told of a layer, [2, num_kv_heads, num_slots, head_dim], seen as rows."""
+    if not config.use_tiles:
+        return None
+    return TensorDescriptor.from_tensor(layer.view(-1, layer.shape[3]), [config.block_n, layer.shape[3]])
 
 
 def _num_processors(device: torch.device) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,14 +31,14 @@ SMALL = KernelConfig(16, 16, num_warps=4, num_stages=2, programs_per_processor=2
 TILES = replace(SMALL, use_tiles=True)
 
 SHAPES: dict[str, Node] = {
-    "star": conformance.star(7, 150, 9),
-    "balanced": conformance.balanced(2, 3, 11),
+    "star": conformance.star(5, 60, 9),
+    "balanced": conformance.balanced(2, 2, 11),
     "chain": conformance.chain(20, 3),
-    "comb": conformance.comb(6, 5),
-    "single tokens": conformance.balanced(3, 2, 1),
+    "comb": conformance.comb(4, 5),
+    "single tokens": conformance.balanced(2, 2, 1),
     "one key": Node(1, 1),
-    "chunk above leaves": Node(24, 9, [Node(5, 1), Node(30, 6), Node(3, 3)]),
-    "leaves of many lengths": Node(10, 0, [Node(length, 1) for length in (1, 170, 3, 1, 40, 2)]),
+    "chunk above leaves": Node(20, 5, [Node(5, 1), Node(12, 3)]),
+    "leaves of many lengths": Node(10, 0, [Node(length, 1) for length in (1, 90, 3, 40)]),
 }
 LARGE: dict[str, Node] = {
     "wide star": conformance.star(70, 2600, 33),
@@ -61,28 +64,32 @@ def _poisoned() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def assert_conforms(case: Case, *configs: KernelConfig) -> None:
+def assert_conforms(case: Case, config: KernelConfig | None = None) -> None:
     conformance.assert_conforms(
-        lambda pool, spec: TritonTreeAttention(pool, spec, configs=configs or None), case, TOLERANCE[case.spec.dtype]
+        lambda pool, spec: TritonTreeAttention(pool, spec, config=config), case, TOLERANCE[case.spec.dtype]
     )
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name: str) -> None:
+    """Trees of every typical shape, in scattered blocks, among NaNs."""
+    case = conformance.make_case(SHAPES[name], random.Random(name), block_size=8, is_scattered=True, device=DEVICE)
+    assert_conforms(case, SMALL)
+
+
 @pytest.mark.parametrize("config", [SMALL, TILES], ids=["pointers", "tiles"])
-def test_shapes(name: str, config: KernelConfig) -> None:
-    """Trees of every typical shape, in contiguous and in scattered blocks, among NaNs."""
-    case = conformance.make_case(
-        SHAPES[name], random.Random(name), block_size=8, is_scattered=config is SMALL, device=DEVICE
-    )
-    assert_conforms(case, config)
+@pytest.mark.parametrize("tree", [conformance.star(5, 150, 9), Node(140, 6)], ids=["star", "chunk"])
+def test_strips(tree: Node, config: KernelConfig) -> None:
+    """Long runs of adjacent slots are loaded whole, through pointers or the tensor memory accelerator."""
+    assert_conforms(conformance.make_case(tree, random.Random(8), device=DEVICE), config)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_trees(seed: int) -> None:
     """Random trees with chunks and decoding rows side by side, random block sizes."""
     rng = random.Random(seed)
     case = conformance.make_case(
-        conformance.drawn(rng, depth=2), rng, block_size=rng.choice([1, 8, 16, 32]), is_scattered=True, device=DEVICE
+        conformance.drawn(rng, depth=1), rng, block_size=rng.choice([1, 8, 16, 32]), is_scattered=True, device=DEVICE
     )
     assert_conforms(case, SMALL)
 
@@ -91,7 +98,7 @@ def test_random_trees(seed: int) -> None:
 def test_head_shapes(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     """One to eight query heads for each K/V head, in half precision as it is configured."""
     case = conformance.make_case(
-        Node(90, 2, [conformance.star(3, 20, 6), Node(3, 1)]),
+        Node(90, 1, [Node(6, 1), Node(3, 1)]),
         random.Random(head_dim),
         head_dim=head_dim,
         num_heads=num_heads,
@@ -105,7 +112,7 @@ def test_head_shapes(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 def test_rows_beyond_the_plan_and_plans_in_turn() -> None:
     """A bucket's padding rows are left alone; a plan after another runs as if it were the first."""
     case = conformance.make_case(conformance.star(5, 60, 4), random.Random(1), device=DEVICE)
-    backend = TritonTreeAttention(case.pool, case.spec, configs=(SMALL,))
+    backend = TritonTreeAttention(case.pool, case.spec, config=SMALL)
     backend.prepare(case.plan)
     padded = torch.cat((case.query, torch.full_like(case.query[:3], torch.nan)))
     output = backend.run(1, padded, 0.3)
@@ -119,7 +126,7 @@ def test_rows_beyond_the_plan_and_plans_in_turn() -> None:
 def test_rows_of_a_wider_tensor() -> None:
     """The query may be a slice of merged projections."""
     case = conformance.make_case(conformance.star(3, 20, 2), random.Random(2), device=DEVICE)
-    backend = TritonTreeAttention(case.pool, case.spec, configs=(SMALL,))
+    backend = TritonTreeAttention(case.pool, case.spec, config=SMALL)
     backend.prepare(case.plan)
     merged = torch.cat((case.query, torch.full_like(case.query, torch.nan)), dim=1)
     output = backend.run(0, merged[:, : case.spec.num_heads], 0.3)
@@ -130,22 +137,11 @@ def test_a_plan_beyond_the_static_buffer_still_runs(monkeypatch: pytest.MonkeyPa
     """It cannot be captured, and the next small one can."""
     monkeypatch.setattr(triton_tree, "CAPACITY", 64)
     case = conformance.make_case(conformance.star(6, 40, 3), random.Random(3), device=DEVICE)
-    backend = TritonTreeAttention(case.pool, case.spec, configs=(SMALL,))
+    backend = TritonTreeAttention(case.pool, case.spec, config=SMALL)
     assert not backend.can_capture(case.plan)
     conformance.assert_conforms(lambda _pool, _spec: backend, case, 2e-5)
     slot = case.row_slots[0][0]
     assert backend.can_capture(Plan(1, (Segment(((slot, slot + 1),), 1, 0, 1),)))
-
-
-def test_the_form_that_costs_least_is_chosen() -> None:
-    """Wide tiles where many rows share, narrow ones where they do not."""
-    case = conformance.make_case(conformance.star(16, 400, 1), random.Random(4), device=DEVICE)
-    wide = replace(SMALL, block_m=64, cost=1.5)
-    backend = TritonTreeAttention(case.pool, case.spec, configs=(SMALL, wide))
-    backend.prepare(case.plan)
-    assert backend.variant == 1
-    backend.prepare(Plan(1, case.plan.segments[:0]))
-    assert backend.variant == 0
 
 
 @pytest.mark.parametrize("head_dim, num_heads", [(80, 2), (64, 64)])
@@ -154,6 +150,16 @@ def test_what_the_kernels_are_not_made_for(head_dim: int, num_heads: int) -> Non
     case = conformance.make_case(Node(1, 1), random.Random(5), device=DEVICE)
     with pytest.raises(ModelError, match="tree kernel"):
         TritonTreeAttention(case.pool, replace(case.spec, head_dim=head_dim, num_heads=num_heads, num_kv_heads=1))
+
+
+def test_the_kernels_compile() -> None:
+    """For a GPU that need not be there: the interpreter takes what the compiler may refuse."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.engine.attention.compile_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("attend_items") == 2
+    assert done.stdout.count("merge_partials") == 1
 
 
 @pytest.mark.gpu
@@ -169,7 +175,7 @@ def test_what_the_kernels_are_not_made_for(head_dim: int, num_heads: int) -> Non
     ],
 )
 def test_large_trees_compiled(name: str, dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Every form of the kernels as it is compiled, on trees that fill the device."""
+    """The kernels as they are compiled, on trees that fill the device."""
     case = conformance.make_case(
         LARGE[name],
         random.Random(name),
@@ -181,8 +187,7 @@ def test_large_trees_compiled(name: str, dtype: str, num_heads: int, num_kv_head
         is_scattered=True,
         device=DEVICE,
     )
-    for config in triton_tree.FULL_PRECISION if dtype == "float32" else triton_tree.HALF_PRECISION:
-        assert_conforms(case, config)
+    assert_conforms(case)
 
 
 @pytest.mark.gpu
@@ -191,7 +196,7 @@ def test_one_graph_replays_any_tree() -> None:
     first = conformance.make_case(
         conformance.star(8, 300, 9), random.Random(6), dtype="bfloat16", head_dim=64, device=DEVICE
     )
-    backend = TritonTreeAttention(first.pool, first.spec, configs=triton_tree.HALF_PRECISION[:1])
+    backend = TritonTreeAttention(first.pool, first.spec, config=triton_tree.HALF_PRECISION)
     query = torch.zeros((16, *first.query.shape[1:]), dtype=torch.bfloat16, device=DEVICE)
     backend.prepare(first.plan)
     backend.run(0, query, 0.3)
