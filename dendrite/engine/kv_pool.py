@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -54,7 +55,13 @@ class KVPool:
         """Copy whole blocks of all layers, `(source, destination)`; every source is read before anything is written."""
         if not copies:
             return
-        sources, destinations = torch.tensor(copies, device=self.data.device).T
+        sources, destinations = torch.tensor(copies).T.contiguous().to(self.data.device)
+        is_chained = not {source for source, _ in copies}.isdisjoint({destination for _, destination in copies})
+        if self.data.is_cuda and not is_chained and find_spec("triton") is not None:
+            from dendrite.engine.kernels.blocks import copy_blocks  # noqa: PLC0415 - only GPUs have Triton
+
+            copy_blocks(self.data, sources, destinations, self.block_size)
+            return
         blocks = self.data.unflatten(3, (self.num_blocks + 1, self.block_size))
         blocks.index_copy_(3, destinations, blocks.index_select(3, sources))
 
