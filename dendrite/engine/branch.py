@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Generator, Sequence
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, overload
 
@@ -78,10 +80,7 @@ class Branch:
         """
         records = self.engine.core.fork(self.record, 1 if n is None else n, at, seed)
         forks = [Branch(self.engine, record, self) for record in records]
-        with self.engine.core.loop.lock:
-            if self._children is None:
-                self._children = weakref.WeakValueDictionary()
-            self._children.update((id(fork), fork) for fork in forks)
+        self.adopt(forks)
         return forks[0] if n is None else forks
 
     def append(
@@ -114,6 +113,29 @@ class Branch:
     def prune(self) -> None:
         """Gives the branch up: blocks only it used are free when this returns. Forks stay; calling again is fine."""
         self.engine.core.prune(self.record)
+
+    def save(self, path: str | PathLike[str], *, kv: bool = True, tree: bool = False) -> None:
+        """Writes the branch to a file that `Engine.restore` reads, in this process or another, with the same model.
+
+        Tokens, `value`, log-probabilities and randomness are kept, so the restored branch generates what this one
+        would. The file is whole at any moment: a crash leaves the one that was there before.
+
+        Args:
+            path: a file; its folder exists.
+            kv: keep keys and values too; without them the file is small and the path is computed again.
+            tree: all branches below this one that the program still holds as well; see `Engine.restore_tree`.
+
+        Raises:
+            BranchError: pruned, or a generation runs on one of them.
+            SnapshotError: the file cannot be written.
+        """
+        entries: list[tuple[BranchRecord, float | None, int | None]] = [(self.record, self.value, None)]
+        below: list[tuple[Branch, int]] = [(child, 0) for child in self.children] if tree else []
+        while below:
+            branch, parent = below.pop(0)
+            below += [(child, len(entries)) for child in branch.children]
+            entries.append((branch.record, branch.value, parent))
+        self.engine.core.save(entries, Path(path), kv=kv)
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -181,6 +203,13 @@ class Branch:
     def logprobs(self) -> list[float]:
         """Log-probabilities of the tokens that were sampled on this very branch, oldest first."""
         return list(self.record.logprobs)
+
+    def adopt(self, children: Sequence[Branch]) -> None:
+        """Takes branches in as its children; not for users."""
+        with self.engine.core.loop.lock:
+            if self._children is None:
+                self._children = weakref.WeakValueDictionary()
+            self._children.update((id(child), child) for child in children)
 
     def __enter__(self) -> Self:
         return self

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dendrite.engine.archive import Archive, Entry
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.config import EngineConfig, SamplingParams
 from dendrite.engine.constraints import CONTINUE, Constraint
@@ -32,6 +34,7 @@ from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import Group, ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.scheduler import Scheduler
+from dendrite.engine.snapshot import Snapshot, read_snapshot, write_snapshot
 from dendrite.engine.states import explain, next_status
 from dendrite.engine.stats import Stats, take_stats
 from dendrite.engine.swap import SwapSpace
@@ -60,6 +63,8 @@ class Core:
             folder=config.swap_folder,
         )
         self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size), drop_stored=self.swap.drop)
+        self._archive = Archive(self._tree, self.swap, runner.fingerprint)
+        self._fingerprint = runner.fingerprint
         scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk)
         self.loop = StepLoop(runner, self._tree, scheduler)
         self._lock = self.loop.lock
@@ -170,6 +175,25 @@ class Core:
         record.guide = None
         if tokens:
             self._tree.extend(tip, tokens)
+
+    # --- snapshots ---------------------------------------------------------------------------------------------
+
+    def save(self, entries: Sequence[Entry], path: Path, *, kv: bool) -> None:
+        """Writes branches to a file; the tree goes on meanwhile."""
+        with self._lock:
+            for record, _, _ in entries:
+                self._idle_tip(record)
+            snapshot = self._archive.capture(entries, kv=kv)
+        write_snapshot(path, snapshot)
+
+    def restore(self, path: Path) -> tuple[list[BranchRecord], Snapshot]:
+        """The branches of a file, which are the engine's again."""
+        snapshot = read_snapshot(path, self._fingerprint)
+        self._check_length(snapshot.length)
+        with self._lock:
+            self.loop.check_open()
+            self.loop.release_collected()
+            return self._archive.rebuild(snapshot), snapshot
 
     # --- reading -----------------------------------------------------------------------------------------------
 

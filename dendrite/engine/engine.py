@@ -10,6 +10,7 @@ import queue
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack, overload
@@ -286,6 +287,36 @@ class Engine:
         """`score_tokens` that returns at once; see `submit`."""
         request, group = self.core.submit_score(branch.record, choices, priority=priority)
         return Ticket(self.core.loop, group, lambda: request.logprobs)
+
+    # --- snapshots ---------------------------------------------------------------------------------------------
+
+    def restore(self, path: str | PathLike[str]) -> Branch:
+        """The branch that `Branch.save` wrote. It takes no block before it is used.
+
+        A constrained text that `max_tokens` had ended cannot be continued under its grammar after that.
+
+        Raises:
+            SnapshotDamaged, SnapshotTooNew, SnapshotMismatch: a file that is cut off or altered, was written by a
+                later version, or for another model.
+            SnapshotError: a file that cannot be read.
+        """
+        first, *others = self.restore_tree(path)
+        for branch in others:
+            branch.prune()
+        return first
+
+    def restore_tree(self, path: str | PathLike[str]) -> list[Branch]:
+        """All branches that `Branch.save(..., tree=True)` wrote, parents before children; see `restore`."""
+        records, snapshot = self.core.restore(Path(path))
+        branches: list[Branch] = []
+        for record, saved in zip(records, snapshot.branches, strict=True):
+            parent = branches[saved.parent] if saved.parent is not None else None
+            branch = Branch(self, record, parent)
+            branch.value = saved.value
+            if parent is not None:
+                parent.adopt([branch])
+            branches.append(branch)
+        return branches
 
     # --- the engine itself -------------------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@
         ├── ModelError       (RuntimeError)  a model that cannot be found, loaded or run exactly
         ├── ContextOverflow  (RuntimeError)  more tokens than the model's context holds
         ├── SnapshotError    (RuntimeError)  a snapshot that cannot be written or read
+        │   ├── SnapshotDamaged              cut off, altered, or no snapshot at all
+        │   ├── SnapshotTooNew               written by a later version
+        │   └── SnapshotMismatch             written for another model
         ├── CallbackError    (RuntimeError)  a user's function in a search raised or returned nonsense
         ├── EngineClosed     (RuntimeError)  the engine was closed
         └── EngineDead       (RuntimeError)  the step loop died of an error of its own
@@ -72,7 +75,19 @@ class ContextOverflow(EngineError, RuntimeError):
 
 
 class SnapshotError(EngineError, RuntimeError):
-    """A snapshot that cannot be written or read."""
+    """A snapshot that cannot be written or read. Nothing was changed, neither in the engine nor on disk."""
+
+
+class SnapshotDamaged(SnapshotError):
+    """A file that is no snapshot, is cut off, or was altered."""
+
+
+class SnapshotTooNew(SnapshotError):
+    """A snapshot written by a later version of this package."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """A snapshot of another model."""
 
 
 class CallbackError(EngineError, RuntimeError):

@@ -48,7 +48,7 @@ class PoolMover:
     def write(self, saved: object, path: Path) -> None:
         """Write a copy to a safetensors file."""
         assert isinstance(saved, Tensor)
-        self._settle()
+        self.settle()
         try:
             save_file({"kv": saved.contiguous()}, path)
         except SafetensorError as error:
@@ -61,6 +61,7 @@ class PoolMover:
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until copies that a device is still making have arrived."""
         if self._pool.data.device.type == "cuda":
             torch.cuda.synchronize(self._pool.data.device)

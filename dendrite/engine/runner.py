@@ -19,6 +19,7 @@ from dendrite.engine.batch import Batch
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool, default_swap_bytes, num_blocks_for
 from dendrite.engine.passes import optimise
+from dendrite.engine.snapshot import fingerprint
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.swap import KVMover
 
@@ -30,6 +31,8 @@ class Runner(Protocol):
     num_blocks: int
     """Usable K/V blocks, ids 1 to `num_blocks`; the trash block comes on top."""
     block_size: int
+    fingerprint: str
+    """Tells this model in this dtype from any other; snapshots carry it."""
     mover: KVMover
     """Takes K/V out of the pool and puts it back."""
     default_swap_bytes: int
@@ -74,6 +77,7 @@ class TorchRunner:
         """
         num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size)
         self.spec = spec
+        self.fingerprint = fingerprint(dict(model.named_parameters()), f"{model.config.model_type} {spec.dtype}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._device = model.device

@@ -46,6 +46,9 @@ class KVMover(Protocol):
     def read(self, path: Path) -> object:
         """The copy in a file. Raises `OSError` or `ValueError` if it is damaged."""
 
+    def settle(self) -> None:
+        """Waits until the host can read all copies."""
+
 
 @dataclass(eq=False, slots=True)
 class Stored:
@@ -94,11 +97,23 @@ class SwapSpace:
             self.num_tokens_lost += num_tokens
             return stored
         stored.saved = self.mover.save(spans)
-        self._in_host[stored.number] = stored
-        self.host_used += size
-        while self.host_used > self._host_bytes:
-            self._spill(next(iter(self._in_host.values())))
+        self._keep(stored)
         return stored
+
+    def adopt(self, saved: object, num_tokens: int) -> Stored:
+        """Keeps a copy that came from elsewhere, as `put` keeps those it makes."""
+        stored = Stored(num_tokens, num_tokens * self._bytes_per_token, next(self._numbers), saved)
+        self._keep(stored)
+        return stored
+
+    def peek(self, stored: Stored) -> object | None:
+        """The copy, which stays where it is; None if it is lost."""
+        if stored.saved is None and stored.path is not None:
+            try:
+                return self.mover.read(stored.path)
+            except (OSError, ValueError):
+                return None
+        return stored.saved
 
     def take(self, stored: Stored, slots: Sequence[int]) -> bool:
         """Puts it back into the pool and forgets it; False if it was lost."""
@@ -128,6 +143,12 @@ class SwapSpace:
         self._in_host.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep(self, stored: Stored) -> None:
+        self._in_host[stored.number] = stored
+        self.host_used += stored.num_bytes
+        while self.host_used > self._host_bytes:
+            self._spill(next(iter(self._in_host.values())))
 
     def _spill(self, stored: Stored) -> None:
         """From host memory to disk, or to nowhere."""

@@ -46,6 +46,7 @@ class ScriptedRunner:
             context_length=context_length,
             dtype="float32",
         )
+        self.fingerprint = "scripted"
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.mover: KVMover = ScriptedMover(self)
@@ -93,14 +94,16 @@ class ScriptedMover:
         self._runner = runner
 
     def save(self, spans: Spans) -> object:
-        """The (token id, position) of each slot."""
+        """Token ids as keys and positions as values, [1, 2, 1, num_tokens, 1]."""
         slots = [slot for first, last in spans for slot in range(first, last)]
-        return [(self._runner.tokens[slot], self._runner.positions[slot]) for slot in slots]
+        kept = [[memory[slot] for slot in slots] for memory in (self._runner.tokens, self._runner.positions)]
+        return torch.tensor(kept).view(1, 2, 1, len(slots), 1)
 
     def load(self, saved: object, slots: Sequence[int]) -> None:
         """Puts them into these slots."""
-        assert isinstance(saved, list)
-        for slot, (token, position) in zip(slots, saved, strict=False):
+        assert isinstance(saved, Tensor)
+        tokens, positions = saved[0, :, 0, : len(slots), 0].tolist()
+        for slot, token, position in zip(slots, tokens, positions, strict=True):
             self._runner.tokens[slot], self._runner.positions[slot] = token, position
 
     def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
@@ -112,12 +115,15 @@ class ScriptedMover:
 
     def write(self, saved: object, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps(saved))
+        assert isinstance(saved, Tensor)
+        path.write_text(json.dumps(saved.tolist()))
 
     def read(self, path: Path) -> object:
         """From JSON."""
-        saved: object = json.loads(path.read_text())
-        return saved
+        return torch.tensor(json.loads(path.read_text()))
+
+    def settle(self) -> None:
+        """Nothing runs behind."""
 
 
 def _slots_read(segment: Segment, row: int) -> Iterator[int]:

@@ -53,6 +53,7 @@ class Recorder:
         self.num_blocks = runner.num_blocks
         self.block_size = runner.block_size
         self.mover: KVMover = runner.mover
+        self.fingerprint = runner.fingerprint
         self.default_swap_bytes = runner.default_swap_bytes
         self.rows: list[Tensor] | None = None
         self._runner = runner

@@ -31,6 +31,9 @@ class ListMover:
                 source * self._size : (source + 1) * self._size
             ]
 
+    def settle(self) -> None:
+        """Nothing runs behind."""
+
     def write(self, saved: object, path: Path) -> None:
         path.write_text(json.dumps(saved))
 

@@ -1,0 +1,211 @@
+"""One file that holds branches: safetensors, with a manifest in its metadata that vouches for every byte.
+
+    metadata    dendrite_snapshot   the version, read before anything else
+                manifest            JSON: the model, nodes (parent, offset), branches, the tensors' digest
+                manifest_sha256     of that text
+    tensors     tokens.0 kv.0 tokens.1 …        int64 [num_tokens]; [num_layers, 2, num_kv_heads, num_saved, head_dim]
+
+A file is written beside its place and renamed into it, so a reader finds the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dendrite.engine.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotTooNew
+
+VERSION = 1
+_KEY = "dendrite_snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedNode:
+    """A run of tokens. `parent` is an index into the nodes before it, `offset` how many of its tokens come first."""
+
+    parent: int | None
+    offset: int
+    token_ids: list[int]
+    kv: Tensor | None
+    """[num_layers, 2, num_kv_heads, num_saved, head_dim] of the leading tokens; None if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBranch:
+    """A branch after `offset` tokens of a node. `parent` is an index into the branches before it."""
+
+    parent: int | None
+    node: int
+    offset: int
+    depth: int
+    salt: int
+    key: int
+    num_forks: int
+    logprobs: list[float]
+    value: float | None
+    chat: Any
+    """(messages, number of tokens they render to) of a conversation, else None; as JSON has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Branches of one model, parents before children."""
+
+    model: str
+    """The model's fingerprint."""
+    nodes: list[SavedNode]
+    branches: list[SavedBranch]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest path."""
+        ends: list[int] = []
+        starts: list[int] = []
+        for node in self.nodes:
+            starts.append(starts[node.parent] + node.offset if node.parent is not None else 0)
+            ends.append(starts[-1] + len(node.token_ids))
+        return max(ends)
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Writes the file, or leaves what is there as it is.
+
+    Raises:
+        SnapshotError: the folder is missing, the disk is full, or the like.
+    """
+    tensors: dict[str, Tensor] = {}
+    for index, node in enumerate(snapshot.nodes):
+        tensors[f"tokens.{index}"] = torch.tensor(node.token_ids, dtype=torch.int64)
+        if node.kv is not None:
+            tensors[f"kv.{index}"] = node.kv.contiguous()
+    manifest = json.dumps(
+        {
+            "model": snapshot.model,
+            "nodes": [{"parent": node.parent, "offset": node.offset} for node in snapshot.nodes],
+            "branches": [asdict(branch) for branch in snapshot.branches],
+            "sha256": _digest(tensors),
+        }
+    )
+    metadata = {_KEY: str(VERSION), "manifest": manifest, "manifest_sha256": _sha256(manifest)}
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        _remove_leftovers(path)
+        part.mkdir()  # a folder, since safetensors makes temporary files of its own beside what it writes
+        save_file(tensors, part / "whole", metadata)
+        _sync(part / "whole")
+        (part / "whole").replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(f"{path} cannot be written, what was there is unchanged: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_snapshot(path: Path, model: str) -> Snapshot:
+    """Reads a file that was written for this model; every byte is checked.
+
+    Raises:
+        SnapshotDamaged: no snapshot, cut off, or altered.
+        SnapshotTooNew: written by a later version.
+        SnapshotMismatch: written for another model.
+        SnapshotError: the file cannot be read at all.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            manifest = _checked_manifest(path, file.metadata() or {}, model)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotDamaged(f"{path} is cut off or no snapshot: {error}") from error
+    if _digest(tensors) != manifest["sha256"]:
+        raise SnapshotDamaged(f"{path} was altered: its tensors are not those that were saved")
+    nodes = [
+        SavedNode(node["parent"], node["offset"], tensors[f"tokens.{index}"].tolist(), tensors.get(f"kv.{index}"))
+        for index, node in enumerate(manifest["nodes"])
+    ]
+    return Snapshot(manifest["model"], nodes, [SavedBranch(**branch) for branch in manifest["branches"]])
+
+
+def _checked_manifest(path: Path, metadata: Mapping[str, str], model: str) -> dict[str, Any]:
+    version = metadata.get(_KEY)
+    if version is None or not version.isdigit():
+        raise SnapshotDamaged(f"{path} is a safetensors file, but no snapshot")
+    if int(version) > VERSION:
+        raise SnapshotTooNew(
+            f"{path} has version {version} and this package reads up to {VERSION}: update it, or save again with it"
+        )
+    text = metadata.get("manifest", "")
+    if metadata.get("manifest_sha256") != _sha256(text):
+        raise SnapshotDamaged(f"{path} was altered: its manifest is not the one that was saved")
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest["model"] != model:
+        raise SnapshotMismatch(
+            f"{path} was saved with another model or dtype (fingerprint {manifest['model'][:12]}, this one is "
+            f"{model[:12]}): load the engine with that one"
+        )
+    return manifest
+
+
+def fingerprint(parts: Mapping[str, Tensor], description: str) -> str:
+    """What tells a model from another: its description, and a sample of each tensor's shape, dtype and values."""
+    found = hashlib.sha256(description.encode())
+    for name, tensor in parts.items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What a killed process left half-written beside this file."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        pid = part.name.split(".")[-3]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
