@@ -3,7 +3,7 @@
     main.py ──► demo.py        dendrite demo
             ├─► models.py      dendrite models list | fetch | remove
             ├─► verify.py      dendrite verify
-            ├─► bench.py       dendrite bench fork | tree
+            ├─► bench.py       dendrite bench fork | tree, suite.py the other workloads
             └─► ...            a command adds itself with one line below
 
 A command's module imports nothing heavy at its top, and puts `with errors_shown():` around its work.

@@ -75,3 +75,16 @@ def test_wordless_text_is_as_long_as_its_tokens() -> None:
     """Each token is one settled character, so that the engine's text machinery has nothing to hold back."""
     tokenizer = WordlessTokenizer(100, frozenset({1}))
     assert tokenizer.decode([5, 6, 7]) == "..."
+
+
+@pytest.mark.gpu
+def test_shape_gives_its_memory_back() -> None:
+    """A peer that starts after this engine finds the GPU as it was."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with Subject(shape="tiny", device="cuda", kv_memory="64MB").engine() as engine:
+        root = engine.root(token_ids=list(range(10, 50)))
+        root.generate(max_tokens=4, temperature=0.8, ignore_eos=True)
+        assert torch.cuda.memory_reserved() >= before + 64_000_000
+        del root
+    assert torch.cuda.memory_reserved() < before + 32_000_000
