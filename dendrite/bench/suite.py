@@ -22,6 +22,7 @@ from dendrite.bench.figures import Result
 from dendrite.bench.fork import fork_figures, slowest_forks
 from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.peers.challengers import Challenger, challengers
+from dendrite.bench.peers.gguf import gguf_file
 from dendrite.bench.peers.process import Peer
 from dendrite.bench.peers.protocol import PeerEnded, PeerError, PeerModel
 from dendrite.bench.rounds import Progress, Run, take_turns
@@ -43,6 +44,8 @@ class SuiteSettings:
     sizes: Sizes = SIZES["full"]
     peers: tuple[str, ...] = ()
     """`NAME` or `NAME=PLACE`, see `Challenger`."""
+    gguf: str | None = None
+    """The file that llama.cpp runs; None is the one the model was made of."""
     num_rounds: int = 3
     patience: float = 60.0
     """Seconds after which an engine takes part in no further round of a case."""
@@ -90,7 +93,7 @@ def run_suite(
     board = Board(subject, this_machine(device))
     with tempfile.TemporaryDirectory() as folder:
         starts: list[Start] = [_ours(subject, settings, progress)]
-        starts += [_theirs(peer, subject, Path(folder), progress) for peer in peers]
+        starts += [_theirs(peer, subject, settings, Path(folder), progress) for peer in peers]
         for group in [starts] if device == "cpu" else [[start] for start in starts]:
             _run_group(group, settings, board, progress=progress, keep=keep)
     loads.append(others_load())
@@ -203,11 +206,12 @@ def _ours(subject: Subject, settings: SuiteSettings, progress: Progress) -> Star
     return start
 
 
-def _theirs(peer: Challenger, subject: Subject, folder: Path, progress: Progress) -> Start:
+def _theirs(peer: Challenger, subject: Subject, settings: SuiteSettings, folder: Path, progress: Progress) -> Start:
     @contextmanager
     def start(board: Board) -> Iterator[Contender]:
         progress(f"starting {peer.name}")
-        with peer.start(_peer_model(subject, folder, board)) as process:
+        model = _peer_model(subject, folder, board)
+        with peer.start(model, lambda: settings.gguf or str(gguf_file(subject.name))) as process:
             board.notes.append(
                 f"{peer.name}: {process.version}; {peer.kind.about}; started in {process.start_seconds:.0f} s"
             )

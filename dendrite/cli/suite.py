@@ -36,7 +36,9 @@ OutputFolder = Annotated[
 ]
 Peers = Annotated[
     list[str] | None,
-    typer.Option("--peer", help="hf, vllm or sglang; NAME=PLACE if a folder or another Python has it. Repeatable."),
+    typer.Option(
+        "--peer", help="hf, llama.cpp, vllm or sglang; NAME=PLACE if a folder or another Python has it. Repeatable."
+    ),
 ]
 
 
@@ -56,6 +58,7 @@ def _command(name: str, default_model: str) -> Callable[..., None]:
         dtype: Annotated[str, typer.Option(help="float32 or bfloat16, everybody's.")] = "bfloat16",
         kv_memory: Annotated[str | None, typer.Option(help="Of this engine's K/V, such as 8GiB.")] = None,
         peer: Peers = None,
+        gguf: Annotated[str | None, typer.Option(help="The file that llama.cpp runs, if not the model's own.")] = None,
         size: Annotated[str | None, typer.Option(help="full, small or tiny; without it by the device.")] = None,
         prefix: Annotated[str, typer.Option(help="Lengths of shared prefixes, with commas.")] = "",
         branches: Annotated[str, typer.Option(help="Numbers of branches, with commas.")] = "",
@@ -82,7 +85,7 @@ def _command(name: str, default_model: str) -> Callable[..., None]:
             sizes = SIZES[size or usual].with_lengths(
                 prefixes=lengths(prefix), branches=lengths(branches), batches=lengths(batch), tokens=tokens
             )
-            settings = SuiteSettings(_workloads(name, only, skip), sizes, tuple(peer or ()), num_rounds=rounds)
+            settings = SuiteSettings(_workloads(name, only, skip), sizes, tuple(peer or ()), gguf, num_rounds=rounds)
             _run(subject, settings, output, markdown=markdown)
 
     return run

@@ -111,13 +111,18 @@ def test_suite_runs_beside_its_peers(tiny_folder: Callable[[str], Path], monkeyp
     """Everybody's figures stand in one result, with ratios; whoever cannot take part is noted, with the reason."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the peer: on two busy cores its threads would only wait
     kept: list[Result] = []
-    settings = SuiteSettings(sizes=SIZES["tiny"], peers=("hf", f"vllm={SITE}", "sglang"), num_rounds=1, fork_batches=1)
+    peers = ("hf", f"vllm={SITE}", f"llama.cpp={SITE}", "sglang")
+    settings = SuiteSettings(sizes=SIZES["tiny"], peers=peers, gguf="some.gguf", num_rounds=1, fork_batches=1)
     subject = Subject(model=str(tiny_folder("llama")), device="cpu", dtype="float32", kv_memory="4MB")
     result = run_suite(subject, settings, progress=lambda _: None, keep=kept.append)
     found = {(figure.workload, figure.engine): figure for figure in result.figures if "separate" not in figure.name}
     for case in TINY:
         assert (case.name, "dendrite") in found
-        for peer, without in (("vllm", {"memory"}), ("hf", {"memory", "score"})):
+        for peer, without in (
+            ("vllm", {"memory"}),
+            ("hf", {"memory", "score"}),
+            ("llama.cpp", {"memory", "score", "tot", "mcts"}),
+        ):
             assert ((case.name, peer) in found) == (case.workload not in without)
     assert all(figure.ratio is not None for (_, engine), figure in found.items() if engine == "vllm")
     assert any(figure.workload.startswith("fork: slowest of") for figure in result.figures)
@@ -171,12 +176,20 @@ def test_pool_that_is_too_small_is_noted() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice, reason", [("triton", "hf, vllm, sglang"), ("vllm=/nowhere", "folder of packages or an interpreter")]
+    "choice, reason",
+    [("triton", r"hf, llama\.cpp, vllm, sglang"), ("vllm=/nowhere", "folder of packages or an interpreter")],
 )
 def test_wrong_peer_is_refused(choice: str, reason: str) -> None:
     """An unknown peer, or a place that is not there, is an error before anything is loaded."""
     with pytest.raises(PeerError, match=reason):
         Challenger.of(choice)
+
+
+def test_llama_cpp_needs_a_file_for_a_shape() -> None:
+    """A shape has no GGUF file, and the note says how to name one."""
+    settings = SuiteSettings(("score",), SIZES["tiny"], (f"llama.cpp={SITE}",), num_rounds=1)
+    result = run_suite(SUBJECT, settings, progress=lambda _: None, keep=lambda _: None)
+    assert any(note.startswith("left out: no GGUF file is known") for note in result.notes)
 
 
 def test_all_writes_everything_and_prints_a_short_table(tmp_path: Path) -> None:

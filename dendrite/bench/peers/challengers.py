@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ KINDS = {
         "dendrite.bench.peers.transformers_requests",
         GENERATING,
         shares_prefixes=False,
+    ),
+    "llama.cpp": Kind(
+        "llama-cpp-python, what prompts share kept on one sequence and copied as forks",
+        "dendrite.bench.peers.llama_cpp_peer",
+        frozenset({"decode", "fanout", "first-token"}),  # in deeper trees users would keep more than one sequence
+        shares_prefixes=True,
     ),
     "vllm": Kind(
         "vLLM, prefix caching on and warm",
@@ -74,14 +80,25 @@ class Challenger:
             raise PeerError(f"{name}: there is no {place}: give a folder of packages or an interpreter")
         return cls(name, KINDS[name], place or None)
 
-    def start(self, model: PeerModel) -> AbstractContextManager[Peer]:
-        """Its process, see `started`."""
+    def start(self, model: PeerModel, gguf: Callable[[], str]) -> AbstractContextManager[Peer]:
+        """Its process, see `started`.
+
+        Args:
+            model: what it loads.
+            gguf: gives the file that llama.cpp loads instead.
+
+        Raises:
+            PeerError: there is no such file.
+        """
         python, site = sys.executable, None
         if self.place is not None and Path(self.place).is_dir():
             site = str(Path(self.place).absolute())
         elif self.place is not None:
             python = self.place
-        return started(self.name, self.kind.module, [json.dumps(asdict(model))], python=python, site=site)
+        arguments = [json.dumps(asdict(model))]
+        if self.name == "llama.cpp":
+            arguments = [gguf(), str(model.vocab_size)]
+        return started(self.name, self.kind.module, arguments, python=python, site=site)
 
     def takes(self, case: Case, device: str) -> bool:
         """Whether it can run the case in sensible time."""
