@@ -30,7 +30,8 @@ from dendrite.dsl.operations import (
 from dendrite.dsl.states import Signature, common_state, signature_of
 from dendrite.dsl.strategies.base import ProgramFacts, Strategy
 from dendrite.dsl.types import OnError, is_prompt
-from dendrite.engine.errors import ProgramError
+from dendrite.engine.constraints import Constraint, constraint_of
+from dendrite.engine.errors import ConstraintError, ProgramError
 
 
 class Part(NamedTuple):
@@ -166,9 +167,26 @@ def _source(part: Part) -> Source:
         function=part.function,
         when=Function.of(mark.when) if mark.when else None,
         width=mark.width,
-        sampling=Sampling(max_tokens=mark.max_tokens, stop=stop, temperature=mark.temperature),
+        sampling=Sampling(
+            max_tokens=mark.max_tokens,
+            stop=stop,
+            temperature=mark.temperature,
+            constraint=_constraint(part, mark),
+        ),
         prior=mark.prior,
     )
+
+
+def _constraint(part: Part, mark: ExpandMark) -> Constraint | None:
+    try:
+        constraint = constraint_of(schema=mark.schema, regex=mark.regex, grammar=mark.grammar, choices=mark.choices)
+        if constraint is not None:
+            from dendrite.engine.grammars import check_grammar  # noqa: PLC0415 - most programs need no llguidance
+
+            check_grammar(constraint)
+    except ConstraintError as error:
+        raise ProgramError(f"{part.place}: {error}") from error
+    return constraint
 
 
 def _observe(part: Part) -> Observe:

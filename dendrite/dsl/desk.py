@@ -28,8 +28,12 @@ class Desk:
         self._engine = engine
         self._waiting: list[tuple[Callable[[], Ticket[Any]], asyncio.Future[Ticket[Any]]]] = []
 
-    async def generate(self, branch: Branch, sampling: Sampling, *, priority: float = 0.0) -> Generation:
-        """Generate onto a branch."""
+    async def generate(
+        self, branch: Branch, sampling: Sampling, *, priority: float = 0.0, logprobs: bool = False
+    ) -> Generation:
+        """Generate onto a branch; with `logprobs`, tokens that a constraint forces have theirs too."""
+        if sampling.constraint is not None:
+            await self._engine.prepare(sampling.constraint)  # not while the engine waits for what is handed in
         (generation,) = await self._hand_in(
             lambda: self._engine.submit(
                 [branch],
@@ -37,6 +41,8 @@ class Desk:
                 max_tokens=sampling.max_tokens,
                 stop=sampling.stop,
                 temperature=sampling.temperature,
+                constraint=sampling.constraint,
+                fast_forward=not logprobs,
             )
         )
         return generation

@@ -127,9 +127,10 @@ async def _grow(run: Run, body: Sequence[Expansion], step: Step, sampling: Sampl
     try:
         if sampling is not None:
             await _generate(run, step, sampling)
-        run.emit("expanded", step)
+        if run.is_live(step):
+            run.emit("expanded", step)
         for operation in body:
-            if isinstance(operation, Observe):
+            if isinstance(operation, Observe) and run.is_live(step):
                 await judging.observe(run, operation, step)
             elif isinstance(operation, Merge) and run.is_live(step):
                 await step.turn.come()
@@ -148,11 +149,13 @@ async def _generate(run: Run, step: Step, sampling: Sampling) -> None:
     assert step.branch is not None, "nodes of a run have branches"
     used = 0
     try:
-        generation = await run.desk.generate(step.branch, sampling, priority=step.priority)
+        generation = await run.desk.generate(step.branch, sampling, priority=step.priority, logprobs=run.wants_logprobs)
         used = len(generation.token_ids)
     finally:
         run.meter.settle_tokens(sampling.max_tokens, used)
     step.text = generation.text
     logprobs = generation.logprobs
     step.logprob = sum(logprobs) / len(logprobs) if logprobs else None
+    if generation.error is not None:
+        run.drop(step, str(generation.error))
     run.meter.look()

@@ -82,7 +82,8 @@ def _function(function: Function) -> str:
 
 def _sampling(sampling: Sampling) -> str:
     stop = f", stop at {' or '.join(map(repr, sampling.stop))}" if sampling.stop else ""
-    return f"up to {sampling.max_tokens} tokens{stop}, temperature {sampling.temperature:g}"
+    constraint = f", {sampling.constraint}" if sampling.constraint is not None else ""
+    return f"up to {sampling.max_tokens} tokens{stop}{constraint}, temperature {sampling.temperature:g}"
 
 
 def _selection(select: Select) -> str:

@@ -6,7 +6,7 @@ function, where every bound method finds it. What the records say is checked by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
@@ -54,6 +54,10 @@ class ExpandMark(_Marking):
     temperature: float = 1.0
     when: Callable[..., bool] | None = None
     prior: float = 1.0
+    choices: Sequence[str] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    schema: type | Mapping[str, object] | None = None
 
     def __str__(self) -> str:
         return "expand"
@@ -111,6 +115,10 @@ def expand(
     temperature: float = 1.0,
     when: Callable[[Node[S]], bool] | None = None,
     prior: float = 1.0,
+    choices: Sequence[str] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    schema: type | Mapping[str, object] | None = None,
 ) -> Mark: ...
 def expand(
     f: Callable[..., object] | None = None,
@@ -123,6 +131,10 @@ def expand(
     temperature: float = 1.0,
     when: Callable[[Node[S]], bool] | None = None,
     prior: float = 1.0,
+    choices: Sequence[str] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    schema: type | Mapping[str, object] | None = None,
 ) -> Callable[..., object]:
     r"""Say what a node's children continue. A program may have several; they add up.
 
@@ -144,9 +156,24 @@ def expand(
         temperature: of the children's generation; 0 makes them all alike.
         when: expand only the nodes it is true of.
         prior: how promising its children are beforehand; for strategies that weigh it.
+        choices: texts, of which each child is one.
+        regex: what each child's whole text matches. One of these four may be given, see `dd.Constraint`; it holds where
+            the function returns no constrained `Gen` of its own.
+        grammar: in Lark, what each child's text is parsed by.
+        schema: a type that pydantic knows, or a JSON schema, that each child's text is JSON of.
     """
     mark = ExpandMark(
-        cue=cue, width=width, max_tokens=max_tokens, stop=stop, temperature=temperature, when=when, prior=prior
+        cue=cue,
+        width=width,
+        max_tokens=max_tokens,
+        stop=stop,
+        temperature=temperature,
+        when=when,
+        prior=prior,
+        choices=choices,
+        regex=regex,
+        grammar=grammar,
+        schema=schema,
     )
     return mark if f is None else mark(f)
 

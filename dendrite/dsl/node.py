@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol
 
 from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import Prompt, S_co, StepId
+from dendrite.engine.constraints import Constraint
 from dendrite.engine.errors import BranchError
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic, which the branch's options are made of
@@ -115,6 +116,7 @@ class Node(Generic[S_co]):
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         temperature: float = 0.0,
+        constraint: Constraint | None = None,
     ) -> Generation:
         r"""Ask the model a side question. It leaves nothing behind: the search goes on as if it had not been asked.
 
@@ -128,12 +130,14 @@ class Node(Generic[S_co]):
             max_tokens: most tokens of the answer.
             stop: strings that end it.
             temperature: 0 takes the likeliest token; above, asks of one node differ from each other.
+            constraint: what the answer must match.
 
         Returns:
             The finished generation. Its branch is pruned already.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        question = Question(prompt, fresh, Sampling(max_tokens=max_tokens, stop=stops, temperature=temperature))
+        sampling = Sampling(max_tokens=max_tokens, stop=stops, temperature=temperature, constraint=constraint)
+        question = Question(prompt, fresh, sampling)
         self.branch  # noqa: B018 - a node without a branch says so
         assert self._step.asker is not None, "a step with a branch has an asker"
         return await self._step.asker.ask(self._step, question)
@@ -156,6 +160,7 @@ class Sampling:
     max_tokens: int
     stop: tuple[str, ...]
     temperature: float
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from dendrite.dsl.functions import Function, OutOfBudget, answer
+from dendrite.dsl.functions import OutOfBudget, answer
 from dendrite.dsl.node import Node, Sampling, Step
 from dendrite.dsl.operations import Source
 from dendrite.dsl.records import Child, Gen, Reject
 from dendrite.dsl.run import Run
 from dendrite.dsl.types import Prompt, is_prompt, shown
-from dendrite.engine.errors import CallbackError, ProgramError
+from dendrite.engine.errors import CallbackError, ConstraintError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,9 @@ async def propose(run: Run, sources: Sequence[Source], parent: Step) -> list[Pro
     parent.reflections = tuple(run.reflections)
     proposals: list[Proposal] = []
     for source in sources:
-        proposals += _proposals(run, source, parent, await _answer(source, parent))
+        proposals += _proposals(
+            run, source, parent, await _prepared(run, source, parent, await _answer(source, parent))
+        )
     for proposal in proposals:
         run.emit("proposed", parent, proposal.cue if isinstance(proposal.cue, str) else shown(proposal.cue))
     return proposals
@@ -52,6 +54,28 @@ async def _answer(source: Source, parent: Step) -> object:
     return source.cue if source.function is None else await answer(source.function, node, [node])
 
 
+async def _prepared(run: Run, source: Source, parent: Step, said: object) -> object:
+    """What was said, with its constraint compiled for this engine, or why that cannot be done."""
+    if source.sampling.constraint is not None:
+        await run.engine.prepare(source.sampling.constraint)
+    if not isinstance(said, Gen) or _has_no_choice(said):
+        return said
+    try:
+        constraint = said.constraint
+        if constraint is not None:
+            await run.engine.prepare(constraint)
+    except ConstraintError as error:
+        assert source.function is not None, "only functions return a Gen"
+        failure = source.function.failed(f"returned a Gen that cannot be used: {error}", [Node(parent)])
+        failure.__cause__ = error
+        return failure
+    return said
+
+
+def _has_no_choice(gen: Gen) -> bool:
+    return gen.choices is not None and not gen.choices
+
+
 def _failed(said: object) -> TypeGuard[CallbackError | Reject | OutOfBudget]:
     return isinstance(said, CallbackError | Reject | OutOfBudget)
 
@@ -67,12 +91,11 @@ def _proposals(run: Run, source: Source, parent: Step, said: object) -> list[Pro
         _not_expanded(run, parent, said)
         return []
     if isinstance(said, Gen):
-        _refuse_constraint(source.function, said)
-        return [_generated(source, parent, said.cue, said.max_tokens)]
+        return [] if _has_no_choice(said) else [_generated(source, parent, said)]
     if _is_children(said):
         return [_made(source, child) for child in said]
     if is_prompt(said):
-        return [_generated(source, parent, said, None)]
+        return [_generated(source, parent, Gen(said))]
     assert source.function is not None, "a constant cue was checked by compile()"
     failure = source.function.failed(f"returned {said!r}, not a cue, a Gen or a list of Children", [Node(parent)])
     _not_expanded(run, parent, failure)
@@ -83,18 +106,14 @@ def _is_children(said: object) -> TypeGuard[Sequence[Child[object]]]:
     return isinstance(said, list | tuple) and all(isinstance(child, Child) for child in said)
 
 
-def _refuse_constraint(function: Function | None, gen: Gen) -> None:
-    if gen.constraint is not None:
-        place = function.place if function else "expand"
-        raise ProgramError(
-            f"{place} returned a Gen with {gen.constraint}=: constraints come with a later version; until then "
-            "return dd.Child(...)ren of your own, or check the text in @observe and raise dd.Reject"
-        )
-
-
-def _generated(source: Source, parent: Step, cue: Prompt, max_tokens: int | None) -> Proposal:
-    sampling = source.sampling if max_tokens is None else replace(source.sampling, max_tokens=max_tokens)
-    return Proposal(cue=cue, state=parent.state, prior=source.prior, width=source.width, sampling=sampling)
+def _generated(source: Source, parent: Step, gen: Gen) -> Proposal:
+    """What the `Gen` says goes before what the decorator says."""
+    sampling = replace(
+        source.sampling,
+        max_tokens=source.sampling.max_tokens if gen.max_tokens is None else gen.max_tokens,
+        constraint=gen.constraint or source.sampling.constraint,
+    )
+    return Proposal(cue=gen.cue, state=parent.state, prior=source.prior, width=source.width, sampling=sampling)
 
 
 def _made(source: Source, child: Child[object]) -> Proposal:

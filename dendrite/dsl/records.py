@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Generic
 
 from dendrite.dsl.types import Prompt, S
+from dendrite.engine.constraints import Constraint, constraint_of
 from dendrite.engine.errors import ProgramError
 
 
@@ -18,8 +19,12 @@ class Gen:
         def step(node: dd.Node) -> dd.Gen:
             return dd.Gen("\nStep:", max_tokens=32)
 
-    `choices`, `regex`, `grammar` and `schema` constrain the text. They come with a later version: a search that meets
-    one raises `ProgramError`; a unit test of the function may read them already.
+    One of `choices`, `regex`, `grammar` and `schema` constrains the text, as `dd.Constraint` says; it goes before what
+    the decorator says. An empty list of choices makes no child: there is no legal move here.
+
+        @dd.expand(width=5)
+        def move(node: dd.Node[Game]) -> dd.Gen:
+            return dd.Gen("\nStep: ", choices=legal(node.state))
     """
 
     cue: Prompt = ""
@@ -29,13 +34,16 @@ class Gen:
     choices: Sequence[str] | None = None
     regex: str | None = None
     grammar: str | None = None
-    schema: type | None = None
+    schema: type | Mapping[str, object] | None = None
 
     @property
-    def constraint(self) -> str | None:
-        """The name of the constraint asked for, if any."""
-        given = {"choices": self.choices, "regex": self.regex, "grammar": self.grammar, "schema": self.schema}
-        return next((name for name, value in given.items() if value is not None), None)
+    def constraint(self) -> Constraint | None:
+        """What the text must match, if anything.
+
+        Raises:
+            ConstraintError: several were given, or one that says nothing.
+        """
+        return constraint_of(schema=self.schema, regex=self.regex, grammar=self.grammar, choices=self.choices)
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,13 @@ class Run:
         """Drop a node that a function failed on, or raise the failure if the program says so."""
         if isinstance(failure, CallbackError) and self.on_error == "raise":
             raise failure
+        self.drop(step, str(failure))
+
+    def drop(self, step: Step, why: str) -> None:
+        """Give a node up and go on without it."""
         step.status = "dropped"
         self.release(step)
-        self.emit("dropped", step, str(failure))
+        self.emit("dropped", step, why)
 
     def _add(self, step: Step) -> Step:
         self.steps.append(step)

@@ -66,6 +66,19 @@ class Constraint:
         return f"{self.kind} {shown}" if self.kind in ("schema", "choices") else f"{self.kind} {shown!r}"
 
 
+def constraint_of(
+    *,
+    schema: type | Mapping[str, object] | None,
+    regex: str | None,
+    grammar: str | None,
+    choices: Sequence[str] | None,
+) -> Constraint | None:
+    """The constraint, where one of the four is given; see `Constraint`."""
+    if schema is None and regex is None and grammar is None and choices is None:
+        return None
+    return Constraint(schema=schema, regex=regex, grammar=grammar, choices=choices)
+
+
 @runtime_checkable
 class _PydanticModel(Protocol):
     def model_json_schema(self) -> dict[str, object]: ...

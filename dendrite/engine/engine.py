@@ -182,7 +182,7 @@ class Engine:
 
     async def agenerate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """`generate` for asyncio. Cancelling the task cancels the generation at once; every branch rolls back."""
-        await self._compile(options)
+        await self._prepare(options)
         return await self.submit(branches, **options).result()
 
     def submit(
@@ -237,7 +237,7 @@ class Engine:
         self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
     ) -> AsyncGenerator[str]:
         """`stream` for asyncio."""
-        await self._compile(options)
+        await self._prepare(options)
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -256,11 +256,19 @@ class Engine:
         if on_end is not None:
             on_end(_result(request))
 
-    async def _compile(self, options: SamplingOptions) -> None:
-        """Compile a constraint that is new, beside the event loop: a huge one takes seconds."""
-        constraint = options.get("constraint")
-        if isinstance(constraint, Constraint) and constraint not in self.core.grammars:
+    async def prepare(self, constraint: Constraint) -> None:
+        """Compile a constraint ahead, beside the event loop: a common one takes a millisecond, a huge one seconds.
+
+        Raises:
+            ConstraintError: llguidance refuses it, or it allows no text at all.
+        """
+        if constraint not in self.core.grammars:
             await asyncio.to_thread(self.core.grammars.guide, constraint)
+
+    async def _prepare(self, options: SamplingOptions) -> None:
+        constraint = options.get("constraint")
+        if isinstance(constraint, Constraint):
+            await self.prepare(constraint)
 
     def _checked(self, branches: Sequence[Branch]) -> Sequence[Branch]:
         if not branches:

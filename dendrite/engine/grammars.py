@@ -11,12 +11,15 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from dendrite.engine.constraints import Constraint
 from dendrite.engine.errors import ConstraintError
-from dendrite.engine.text import Tokenizer
+
+if TYPE_CHECKING:  # checking a grammar needs no tokenizer, and what compiles programs should not load them
+    from dendrite.engine.text import Tokenizer
 
 CAPACITY = 256
 """Compiled grammars that an engine keeps; those used longest ago go first."""

@@ -162,25 +162,6 @@ def test_a_gen_sets_cue_and_length(engine: dd.Engine) -> None:
         assert {node.text for node in list(result.tree)[1:]} == {"I d"}
 
 
-@pytest.mark.parametrize("constraint", ["choices", "regex", "grammar", "schema"])
-def test_constraints_that_come_later_say_so(engine: dd.Engine, constraint: str) -> None:
-    """A constrained `Gen` can be made and read in a unit test; a search refuses it and leaves nothing."""
-    gen = {
-        "choices": dd.Gen("x", choices=["a"]),
-        "regex": dd.Gen("x", regex="a"),
-        "grammar": dd.Gen("x", grammar="a"),
-        "schema": dd.Gen("x", schema=int),
-    }[constraint]
-
-    @dd.expand
-    def move(node: dd.Node) -> dd.Gen:
-        return gen
-
-    with pytest.raises(dd.ProgramError, match=rf"move .* Gen with {constraint}=.* later version.* @observe"):
-        dd.compile(move, nines, strategy=dd.Beam(depth=1)).run(engine, "Go.")
-    assert_nothing_left(engine)
-
-
 def test_observe_appends_rejects_and_ends(engine: dd.Engine) -> None:
     """What it appends is in transcript and branch; what it rejects is dropped, with the reason in the event."""
 
