@@ -29,5 +29,5 @@ def tilings_for(bucket: int, depth: int, *, is_gated: bool) -> Iterator[Tiling]:
         return
     for block_n, block_k, num_stages in ((64, 128, 5), (32, 256, 4)):
         block = min(longest, block_k)
-        stages = max(num_stages // 2, 2) if is_gated else num_stages
+        stages = (num_stages + 1) // 2 if is_gated else num_stages  # gate and up share the memory
         yield Tiling(block_n=block_n, block_k=block, num_warps=4, num_stages=stages, ahead=min(1024, longest * 2))
