@@ -29,6 +29,7 @@ from dendrite.bench.rounds import Progress, Run, take_turns
 from dendrite.bench.searches import opened
 from dendrite.bench.shapes import write_config
 from dendrite.bench.subject import Subject
+from dendrite.bench.table import number
 from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead
 from dendrite.engine.registry import ModelStore
 
@@ -151,7 +152,7 @@ def _compare(
     for name, found in samples.items():
         board.add(case, name, found)
         for figure, values in found.items():
-            progress(f"{case.name}: {name}, {figure} {statistics.median(values):,.4g} {case.unit}")
+            progress(f"{case.name}: {name}, {figure} {number(statistics.median(values))} {case.unit}")
 
 
 def _guarded(run: Run, contender: Contender, case: Case, board: Board) -> Run:

@@ -69,7 +69,7 @@ def _side_by_side(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]
         first = next(iter(by_engine.values()))
         label = f"{name}, {first.unit}" if first.unit else name
         cells = [_beside(by_engine.get(engine)) for engine in engines]
-        floor = [_number(first.floor), f"{first.median / first.floor:.2f}"] if first.floor else ["", ""]
+        floor = [number(first.floor), f"{first.median / first.floor:.2f}"] if first.floor else ["", ""]
         rows.append([workload, label, *cells, *(floor if has_floor else []), _verdict(first)])
     return headings, rows
 
@@ -77,7 +77,7 @@ def _side_by_side(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]
 def _beside(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    return _number(figure.median) + (f" ({figure.ratio:.2f}×)" if figure.ratio is not None else "")
+    return number(figure.median) + (f" ({figure.ratio:.2f}×)" if figure.ratio is not None else "")
 
 
 def _verdict(figure: Figure) -> str:
@@ -98,7 +98,7 @@ def _markdown(result: Result, headings: Sequence[str], rows: Sequence[Sequence[s
 
 
 def _cells(figure: Figure) -> list[str]:
-    spread = f"{_number(figure.low)} to {_number(figure.high)}" if figure.num_samples > 1 else ""
+    spread = f"{number(figure.low)} to {number(figure.high)}" if figure.num_samples > 1 else ""
     ratio = f"{figure.ratio:.2f}×" if figure.ratio is not None else ""
     verdict = {True: "met", False: "missed", None: ""}[figure.is_met]
     last = "; ".join(part for part in (verdict, figure.note) if part)
@@ -106,7 +106,7 @@ def _cells(figure: Figure) -> list[str]:
         figure.workload,
         figure.engine,
         figure.name,
-        _number(figure.median),
+        number(figure.median),
         spread,
         figure.unit,
         ratio,
@@ -119,7 +119,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits or more, and no more than anybody reads."""
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"

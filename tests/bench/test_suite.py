@@ -169,10 +169,10 @@ def test_cases_beyond_the_context_are_noted(tiny_folder: Callable[[str], Path]) 
 def test_pool_that_is_too_small_is_noted() -> None:
     """A case that needs more blocks than there are has no figure, and the next one has."""
     subject = Subject(shape="tiny", device="cpu", dtype="float32", kv_memory="64KB")
-    settings = SuiteSettings(("fanout", "score"), SIZES["tiny"].with_lengths(branches=(40,)), num_rounds=1)
+    settings = SuiteSettings(("fanout", "score"), SIZES["tiny"].with_lengths(tokens=100), num_rounds=1)
     result = run_suite(subject, settings, progress=lambda _: None, keep=lambda _: None)
     assert [figure.workload for figure in result.figures] == ["score: 3 × 3 tokens after 40"]
-    assert any(note.startswith("dendrite failed at fanout: 40 × 4 over 40: ") for note in result.notes)
+    assert any(note.startswith("dendrite failed at fanout: 3 × 100 over 40: ") for note in result.notes)
 
 
 @pytest.mark.parametrize(
