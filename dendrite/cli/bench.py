@@ -92,6 +92,37 @@ def tree(
         _show(result, json_file, markdown=markdown)
 
 
+@app.command()
+def attention(
+    *,
+    shape: Annotated[str, typer.Option(help="Whose heads: 8b, 1b, 0.6b or tiny.")] = "8b",
+    device: Device = "auto",
+    prefix: Annotated[str, typer.Option(help="Lengths of shared prefixes, with commas.")] = "1024,8192,32768",
+    branches: Annotated[str, typer.Option(help="Numbers of branches, with commas.")] = "8,32,64,128",
+    leaf: Annotated[int, typer.Option(min=1, help="Tokens of its own that a branch has.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each tree.")] = 7,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time the attention of one layer over trees of many shapes; on a GPU beside FlashInfer's."""
+    from dendrite.bench.attention import AttentionSettings, bench_attention
+    from dendrite.bench.subject import Subject
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        settings = AttentionSettings(
+            shape=shape,
+            device_type=Subject(shape=shape, device=device).device_type,
+            prefixes=_prefixes(prefix),
+            branches=_prefixes(branches),
+            leaf=leaf,
+            num_rounds=rounds,
+        )
+        with progress_line() as progress:
+            result = bench_attention(settings, progress=progress)
+        _show(result, json_file, markdown=markdown)
+
+
 suite.add_to(app, DEFAULT_MODEL)
 
 

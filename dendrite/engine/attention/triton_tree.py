@@ -65,7 +65,10 @@ class TritonTreeAttention(AttentionBackend):
             ModelError: a head width or number of query heads that the kernels are not made for, or too large a pool.
         """
         super().__init__(pool, spec)
-        _check(pool, spec)
+        if (reason := why_unsupported(spec)) is not None:
+            raise ModelError(reason)
+        if max(2 * spec.num_kv_heads, ENTRY_KEYS) * pool.layers[0].shape[2] >= 1 << 31:
+            raise ModelError("the tree kernel numbers slots with 32 bits: give a smaller kv_memory")
         device = pool.data.device
         self._group = spec.num_heads // spec.num_kv_heads
         self._config = config = config or (FULL_PRECISION if spec.dtype == "float32" else HALF_PRECISION)
@@ -170,13 +173,13 @@ class _Staging:
             self._copied[self._turn].record()
 
 
-def _check(pool: KVPool, spec: ModelSpec) -> None:
+def why_unsupported(spec: ModelSpec) -> str | None:
+    """Why the kernels cannot run a model of these dimensions; None if they can."""
     if spec.head_dim not in HEAD_DIMS:
-        raise ModelError(f"the tree kernel is made for heads of {HEAD_DIMS} numbers, not {spec.head_dim}")
+        return f"the tree kernel is made for heads of {HEAD_DIMS} numbers, not {spec.head_dim}"
     if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
-        raise ModelError(f"the tree kernel takes at most {MAX_GROUP} query heads for each K/V head")
-    if max(2 * spec.num_kv_heads, ENTRY_KEYS) * pool.layers[0].shape[2] >= 1 << 31:
-        raise ModelError("the tree kernel numbers slots with 32 bits: give the pool less memory")
+        return f"the tree kernel takes at most {MAX_GROUP} query heads for each K/V head"
+    return None
 
 
 def _descriptor(layer: Tensor, config: KernelConfig) -> TensorDescriptor | None:
