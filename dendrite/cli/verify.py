@@ -24,6 +24,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid of cases: many minutes.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Compare the engine with plain Transformers on this machine; exits with 1 on a miss."""
     from dendrite.cli.progress import progress_line
@@ -31,7 +32,7 @@ def verify(
 
     with errors_shown():
         with progress_line() as progress:
-            report = run(model, full=full, dtype=dtype, progress=progress)
+            report = run(model, full=full, dtype=dtype, device=device, progress=progress)
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
         else:

@@ -167,7 +167,9 @@ class EngineConfig(_Settings):
     kind: ClassVar[str] = "an engine setting"
 
     dtype: DtypeName = Field("auto", description='give "auto", "float32" or "bfloat16"')
-    device: Literal["auto", "cpu"] = Field("auto", description='give "auto" or "cpu"; other devices come later')
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='give "auto", "cpu", "cuda" or "cuda:1"'
+    )
     kv_memory: int | None = Field(None, ge=1, description='give bytes as a whole number, a string like "2GiB", or None')
     swap_memory: int | None = Field(
         None, ge=0, description='give bytes as a whole number, a string like "2GiB", or None'
@@ -180,8 +182,9 @@ class EngineConfig(_Settings):
     seed: int = Field(0, description="give a whole number")
     deterministic: bool = Field(False, description="give True or False")
     integrity: Integrity = Field("off", description='give "off", "canary" or "checksum"')
-    prefill_chunk: int = Field(512, ge=1, description="give a whole number of tokens, 1 or more")
-    """Most prompt tokens computed in one step, so that a long prompt does not stall branches that decode."""
+    prefill_chunk: int | None = Field(None, ge=1, description="give a whole number of tokens, 1 or more, or None")
+    """Most prompt tokens computed in one step, so that a long prompt does not stall branches that decode; None is what
+    suits the device."""
 
     @classmethod
     def of(
@@ -197,7 +200,7 @@ class EngineConfig(_Settings):
         seed: int = 0,
         deterministic: bool = False,
         integrity: str = "off",
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
     ) -> Self:
         """Check the settings and freeze them; memory is in bytes or a string such as `"2GiB"` or `"500MB"`.
 

@@ -25,6 +25,7 @@ from dendrite.engine.errors import (
 )
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.grammars import Grammars, Guide
+from dendrite.engine.head import Head
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.nodes import Tip
@@ -51,7 +52,7 @@ Sink = Callable[[str | None], None]
 class Core:
     """One engine's tree, loop and tokenizer, and what may be done with them."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(self, runner: Runner, head: Head, tokenizer: Tokenizer, config: EngineConfig) -> None:
         self.tokenizer = tokenizer
         self.spec = runner.spec
         self.grammars = Grammars(tokenizer, runner.spec.vocab_size)
@@ -65,8 +66,8 @@ class Core:
         self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size), drop_stored=self.swap.drop)
         self._archive = Archive(self._tree, self.swap, runner.fingerprint)
         self._fingerprint = runner.fingerprint
-        scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk)
-        self.loop = StepLoop(runner, self._tree, scheduler)
+        scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk or runner.prefill_chunk)
+        self.loop = StepLoop(runner, head, self._tree, scheduler)
         self._lock = self.loop.lock
         self._seed = config.seed
         self._root_numbers = itertools.count()

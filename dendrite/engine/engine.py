@@ -21,13 +21,15 @@ from dendrite.engine.branch import Branch
 from dendrite.engine.config import EngineConfig, SamplingOptions, SamplingParams
 from dendrite.engine.constraints import Constraint
 from dendrite.engine.core import Core
+from dendrite.engine.devices import runner_and_head
 from dendrite.engine.errors import BranchError, RequestError
 from dendrite.engine.generation import Generation, GenerationRequest
+from dendrite.engine.head import Head
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.models import load_model
 from dendrite.engine.requests import Group
-from dendrite.engine.runner import Runner, TorchRunner
+from dendrite.engine.runner import Runner
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.stats import Stats
 from dendrite.engine.swap import SwapSpace
@@ -48,11 +50,13 @@ class Engine:
     `Engine.load` is the door; the constructor takes the parts, for a runner of one's own (see `dendrite.testing`).
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig | None = None, head: Head | None = None
+    ) -> None:
         self.config = config or EngineConfig.of()
         self.tokenizer = tokenizer
         self.spec = runner.spec
-        self.core = Core(runner, tokenizer, self.config)
+        self.core = Core(runner, head or Head(runner), tokenizer, self.config)
         """What branches call; not for users."""
         self._close = weakref.finalize(self, _close, self.core.loop, self.core.swap, runner)
 
@@ -76,10 +80,11 @@ class Engine:
 
         Args:
             name: a short name (`dendrite models` lists them), a hub id, or a folder that Transformers can read.
-            dtype: of weights and K/V: "float32" or "bfloat16"; "auto" is the dtype the weights were saved in where the
-                device computes in it natively, else float32.
-            device: "auto" or "cpu".
-            kv_memory: bytes of K/V, or a string such as "2GiB": a hard limit; None is a quarter of the free memory.
+            dtype: of weights and K/V: "float32", "bfloat16" or "float16"; "auto" is the dtype the weights were saved in
+                where the device computes in it natively, else float32.
+            device: "cpu", "cuda", "cuda:1" and so on; "auto" is the first CUDA device, or the CPU where there is none.
+            kv_memory: bytes of K/V, or a string such as "2GiB": a hard limit; None is a quarter of the free memory, of
+                a CUDA device most of it.
             swap_memory: host memory for the K/V of idle branches when the pool is full, in bytes or a string; None is
                 four pools, or a quarter of the free memory if that is less.
             swap_disk: disk for what does not fit there either; what is lost in the end is computed again when needed.
@@ -122,8 +127,8 @@ class Engine:
         Raises:
             RequestError: `kv_memory` or `block_size` is too small for a single block.
         """
-        runner = TorchRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size)
-        return cls(runner, tokenizer, config)
+        runner, head = runner_and_head(model, spec, config)
+        return cls(runner, tokenizer, config, head)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from dendrite.engine.errors import ConstraintError
 from dendrite.engine.grammars import Guide
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.sampling_row import Sampled, SampleRow
-from dendrite.engine.text import TextStream, Tokenizer
+from dendrite.engine.text import CONTEXT_TOKENS, TextStream, Tokenizer
 from dendrite.engine.tree import KVTree
 
 if TYPE_CHECKING:
@@ -71,13 +71,14 @@ class GenerationRequest(GenerateRequest):
         self._stops = frozenset(params.stop_token_ids)
         self._sampled: list[Sampled | None] = []  # one a token; None for a forced one
         self._error: ConstraintError | None = None
-        context = tree.token_ids(tip)
-        self._stream = TextStream(tokenizer, context, params.stop)
+        # Not the whole path: copying 32,000 tokens for each of eight branches takes longer than a step on a GPU.
+        tail = tree.token_ids(tip, start=max(0, tip.length - CONTEXT_TOKENS))
+        self._stream = TextStream(tokenizer, tail, params.stop)
         self.row = SampleRow.start(
             params,
             key=branch.record.key_for(params.seed),
             position=tip.length,
-            prompt_ids=context,
+            prompt_ids=tree.token_ids(tip) if params.repetition_penalty != 1 else (),
             eos_token_ids=tokenizer.eos_token_ids,
             guide=guide,
         )

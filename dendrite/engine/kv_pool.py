@@ -24,6 +24,10 @@ from dendrite.engine.ids import BlockId
 from dendrite.engine.spec import ModelSpec
 
 _MAX_DEFAULT_BYTES = 4 << 30
+DEVICE_SHARE = 0.85
+"""Of a CUDA device's free memory, what the pool takes unless it is told; activations and graphs take the rest."""
+DEVICE_RESERVE = 1 << 30
+"""Bytes of a CUDA device that are left free at least."""
 
 
 class KVPool:
@@ -66,19 +70,24 @@ class KVPool:
         blocks.index_copy_(3, destinations, blocks.index_select(3, sources))
 
 
-def num_blocks_for(spec: ModelSpec, *, kv_memory: int | None, block_size: int) -> int:
-    """How many usable blocks fit into `kv_memory` bytes.
+def num_blocks_for(
+    spec: ModelSpec, *, kv_memory: int | None, block_size: int, device: torch.device | None = None
+) -> int:
+    """How many usable blocks fit into `kv_memory` bytes of the device, the CPU unless it is given.
 
-    None takes a quarter of the memory that is available now, at most 4 GiB; a pool that could not hold one full
-    context that way may grow to hold it, up to half of what is available.
+    On a CUDA device None takes most of what is free. On the CPU it takes a quarter of the memory that is available now,
+    at most 4 GiB; a pool that could not hold one full context that way may grow to hold it, up to half of what is
+    available.
 
     Raises:
-        RequestError: `kv_memory` or `block_size` is too small to hold a single block.
+        RequestError: `kv_memory` or `block_size` is too small to hold a single block, or more than is free.
     """
     if block_size < 1:
         raise RequestError(f"block_size must be at least 1, not {block_size}")
     block_bytes = block_size * spec.bytes_per_token
-    if kv_memory is None:
+    if device is not None and device.type == "cuda":
+        kv_memory = _device_bytes(kv_memory, device)
+    elif kv_memory is None:
         kv_memory = _default_bytes(block_bytes * -(-spec.context_length // block_size), _available_bytes())
     num_blocks = kv_memory // block_bytes - 1
     if num_blocks < 1:
@@ -92,6 +101,16 @@ def num_blocks_for(spec: ModelSpec, *, kv_memory: int | None, block_size: int) -
 def default_swap_bytes(pool_bytes: int) -> int:
     """Host memory for K/V that has left the pool: four pools, at most a quarter of what is available now."""
     return min(4 * pool_bytes, _available_bytes() // 4)
+
+
+def _device_bytes(kv_memory: int | None, device: torch.device) -> int:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if kv_memory is None:
+        return max(0, min(int(free * DEVICE_SHARE), free - DEVICE_RESERVE))
+    if kv_memory > free:
+        raise RequestError(f"kv_memory of {kv_memory} bytes is more than the {free} that are free on {device}")
+    return kv_memory
 
 
 def _default_bytes(context_bytes: int, available: int) -> int:

@@ -37,7 +37,7 @@ from dendrite.engine.masks import Masks
 from dendrite.engine.nodes import Tip
 from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.requests import Group, Request, ScoreRequest
-from dendrite.engine.runner import Runner
+from dendrite.engine.runner import MAX_DRAWN, Runner
 from dendrite.engine.sampling import NoTokenLeft
 from dendrite.engine.sampling_row import Sampled
 from dendrite.engine.scheduler import Scheduler, Step
@@ -48,13 +48,13 @@ from dendrite.engine.tree import KVTree
 class StepLoop:
     """Runs whatever was submitted until it is stopped. `lock` guards `tree`, `scheduler` and `counters`."""
 
-    def __init__(self, runner: Runner, tree: KVTree, scheduler: Scheduler) -> None:
+    def __init__(self, runner: Runner, head: Head, tree: KVTree, scheduler: Scheduler) -> None:
         self.lock = threading.RLock()
         self.tree = tree
         self.scheduler = scheduler
         self.counters = Counters()
         self._runner = runner
-        self._head = Head(runner)
+        self._head = head
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
@@ -193,7 +193,8 @@ class StepLoop:
 
     def _look_ahead(self) -> None:
         """Lets the branches whose tokens are in flight go on with them, where they can; the others wait."""
-        for draw, read in enumerate(self._flights[-1][0].reads if self._flights else ()):
+        reads = self._flights[-1][0].reads if self._flights else []
+        for draw, read in enumerate(reads[:MAX_DRAWN]):
             request = read.request
             if not isinstance(request, GenerationRequest) or request.is_done or request.tip.num_ahead:
                 continue

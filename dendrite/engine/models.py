@@ -62,7 +62,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", store: M
         dtype: "float32", "bfloat16" or "float16"; "auto" is the dtype that the weights were saved in where the device
             computes in it natively, else "float32". So float32 weights are never rounded unasked, and bfloat16 weights
             run as bfloat16 on CPUs with AVX-512 BF16 or AMX (ARM: BF16).
-        device: "auto" is the CPU; or a PyTorch device such as "cuda".
+        device: a PyTorch device such as "cuda"; "auto" is the first CUDA device, or the CPU where there is none.
         store: where names are looked up; None is the user's cache and the hub.
 
     Raises:
@@ -104,12 +104,19 @@ def checked_spec(name: str, model: PreTrainedModel, dtype: str) -> ModelSpec:
 
 def _device(device: str) -> torch.device:
     try:
-        target = torch.device("cpu" if device == "auto" else device)
+        target = torch.device(_auto_device() if device == "auto" else device)
     except RuntimeError as error:
         raise ModelError(f"device {device!r} is not known: give auto, cpu or cuda") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r} was asked for, but PyTorch sees no CUDA device: use device='cpu'")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {device!r} was asked for, but PyTorch sees {torch.cuda.device_count() or 'no'} CUDA device(s): "
+            "use device='cpu', or install a PyTorch that was built for your GPU"
+        )
     return target
+
+
+def _auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _config(location: Location) -> PreTrainedConfig:

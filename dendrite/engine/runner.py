@@ -23,6 +23,9 @@ from dendrite.engine.snapshot import fingerprint
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.swap import KVMover
 
+MAX_DRAWN = 4096
+"""Draws of a step that the step after can compute before they are read; what comes behind them waits."""
+
 
 class Runner(Protocol):
     """What the engine needs of whatever runs a model; a scripted one stands in for tests."""
@@ -41,6 +44,10 @@ class Runner(Protocol):
     """How many steps may be in flight while the next one is launched: 0 where `run` computes, 1 where it only launches
     work on a device, which does everything it is given in that order."""
 
+    prefill_chunk: int
+    """Most prompt tokens of a step unless the configuration says: enough to keep the processor busy, and no more, so
+    that a long prompt does not stall branches that decode."""
+
     def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Compute a step; the final hidden states of its output rows, [num_outputs, hidden_size].
 
@@ -58,6 +65,7 @@ class TorchRunner:
     """Runs Transformers' modules over the pool, tokens packed as one row `[1, num_rows]`."""
 
     look_ahead = 0
+    prefill_chunk = 512
 
     def __init__(
         self,
@@ -75,12 +83,13 @@ class TorchRunner:
         Raises:
             RequestError: `kv_memory` or `block_size` is too small for a single block.
         """
-        num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size)
+        num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size, device=model.device)
         self.spec = spec
         self.fingerprint = fingerprint(dict(model.named_parameters()), f"{model.config.model_type} {spec.dtype}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._device = model.device
+        self.device = model.device
+        self.dtype = model.dtype
         self._pool = KVPool(spec, num_blocks=num_blocks, block_size=block_size, device=model.device)
         self.mover: KVMover = PoolMover(self._pool)
         self.default_swap_bytes = default_swap_bytes(spec.bytes_per_token * block_size * num_blocks)
@@ -134,14 +143,15 @@ class TorchRunner:
         del self._decoder, self._head, self._backend, self._pool, self.mover
 
     def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
 def known_tokens(token_ids: Tensor, drawn: Tensor | None) -> Tensor:
     """Token ids [num_rows] with `drawn[-1 - id]` in the place of negative ones."""
     if drawn is None:
         return token_ids
-    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp_(min=0)], token_ids)
+    # A draw from spoilt logits is -1; its row is discarded, but has to compute something until that is known.
+    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp_(min=0)].clamp_(min=0), token_ids)
 
 
 @dataclass

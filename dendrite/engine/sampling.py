@@ -30,7 +30,7 @@ SCORE_BLOCK = 16
 """Rows that `log_softmax_at` converts and normalises at a time."""
 
 _NOTHING_LEFT = "logit_bias, min_tokens and the constraint leave no token that can be drawn"
-_SPOILT = "the model's logits hold NaN or infinity, or are all -inf"
+SPOILT = "the model's logits hold NaN or infinity, or are all -inf"
 
 
 class LogitsError(ModelError):
@@ -71,7 +71,7 @@ class Sampler:
         logits = logits.float()
         weights = torch.softmax(logits, -1, out=self._weights.like(logits))
         normalizer = _normalizer(logits, weights)
-        _refuse(normalizer.isnan(), _SPOILT)
+        _refuse(normalizer.isnan(), SPOILT)
         token_ids = self._choose(logits, weights, rows, masks)
         logprobs = (logits.gather(1, token_ids[:, None])[:, 0] - normalizer).clamp(max=0)
         tops = _likeliest(logits, normalizer, [row.params.top_logprobs for row in rows])
@@ -133,7 +133,7 @@ def log_softmax_at(logits: Tensor, token_ids: Tensor) -> Tensor:
         block = logits[first : first + SCORE_BLOCK].float()
         chosen = block.gather(1, token_ids[first : first + SCORE_BLOCK, None])[:, 0]
         logprobs[first : first + SCORE_BLOCK] = chosen - _normalizer(block, block.softmax(-1))
-    _refuse(logprobs.isnan(), _SPOILT)
+    _refuse(logprobs.isnan(), SPOILT)
     return logprobs.clamp_(max=0)
 
 

@@ -22,16 +22,17 @@ CHUNK = 256
 
 def uniforms(keys: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
     """`random.uniform` of many (key, position) pairs at once, to the bit: [num_rows] float64 in [0, 1)."""
-    key = torch.tensor([_signed(key) for key in keys], device=device)
+    key = torch.tensor([signed(key) for key in keys], device=device)
     position = torch.tensor(list(positions), device=device)
-    value = key + (position + 1) * _signed(GOLDEN)  # int64 wraps around as the 64-bit integers of `random.mix` do
-    value = (value ^ _shifted(value, 30)) * _signed(MULTIPLIER_1)
-    value = (value ^ _shifted(value, 27)) * _signed(MULTIPLIER_2)
+    value = key + (position + 1) * signed(GOLDEN)  # int64 wraps around as the 64-bit integers of `random.mix` do
+    value = (value ^ _shifted(value, 30)) * signed(MULTIPLIER_1)
+    value = (value ^ _shifted(value, 27)) * signed(MULTIPLIER_2)
     value = value ^ _shifted(value, 31)
     return _shifted(value, 11).double() * 2.0**-53
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The int64 of the same 64 bits."""
     value &= MASK
     return value - (1 << 64) if value >> 63 else value
 

@@ -203,6 +203,8 @@ _HALF = "\ufffd"
 """What a decoder shows for bytes that are no whole character, or not yet."""
 _LONGEST_OPEN = 64
 """Tokens that may wait for the rest of a character or of a run of bytes before they are taken as they stand."""
+CONTEXT_TOKENS = 2 * _LONGEST_OPEN
+"""Of the tokens before a generation, as many of the last as its text may depend on."""
 _LONGEST_CHARACTER = 4
 """Most tokens that one character can take: its bytes in UTF-8."""
 

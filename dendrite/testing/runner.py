@@ -33,6 +33,7 @@ class ScriptedRunner:
     """`dendrite.engine.runner.Runner` over a script. Its hidden states are the logits themselves."""
 
     look_ahead = 0
+    prefill_chunk = 512
 
     def __init__(self, script: Script, *, num_blocks: int, block_size: int, context_length: int) -> None:
         self.spec = ModelSpec(

@@ -176,3 +176,17 @@ def _listed(offsets: Sequence[int]) -> str:
     if len(offsets) > 12:
         return f"{len(offsets)} offsets from {offsets[0]} to {offsets[-1]}"
     return ", ".join(map(str, offsets))
+
+
+def drawn(expected: Expected, token_ids: Sequence[int]) -> Row:
+    """Tokens that came without their logits: they are the reference's or not."""
+    num_equal = next(
+        (
+            index
+            for index, (ours, theirs) in enumerate(zip(token_ids, expected.token_ids, strict=True))
+            if ours != theirs
+        ),
+        len(token_ids),
+    )
+    verdict: Verdict = "ok" if num_equal == len(token_ids) else "miss"
+    return Row("drawn on the device", expected.prompt.name, num_equal, len(token_ids), 0.0, 0.0, verdict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from dendrite.engine.errors import RequestError
@@ -15,7 +15,7 @@ from dendrite.verify.judge import Expected, judge_worst
 from dendrite.verify.prompts import Prompt, make_prompts
 from dendrite.verify.reference import Reference
 from dendrite.verify.report import Report, Row
-from dendrite.verify.subject import Load, Setup, Subject, opened
+from dendrite.verify.subject import Load, Setup, Subject, opened, opened_whole
 
 NUM_TOKENS = 64
 """Greedy tokens of each prompt."""
@@ -34,6 +34,7 @@ class _Run:
     """What all groups of cases need."""
 
     name: str
+    device: str
     full: bool
     load: Load
     progress: Progress
@@ -50,6 +51,7 @@ def verify(
     *,
     full: bool = False,
     dtype: str = "float32",
+    device: str = "cpu",
     progress: Progress | None = None,
     load: Load = load_model,
 ) -> Report:
@@ -60,6 +62,7 @@ def verify(
         full: the whole grid of set-ups, forks at every offset, the reference prompt by prompt; minutes, not a minute.
         dtype: "float32": tokens equal and logits within 1e-4; "bfloat16": logits within twice what Transformers' own
             bfloat16 loses.
+        device: where the engine runs, "cpu" or "cuda"; the reference runs on the CPU.
         progress: told what runs now.
         load: how the engine's copy is loaded; a test of this command gives it a broken one.
 
@@ -74,16 +77,18 @@ def verify(
     progress("loading the reference")
     folder = ModelStore().locate(name).path
     reference = Reference(folder)
-    with opened(name, dtype=dtype, setup=Setup(), load=load) as subject:
+    with opened(name, dtype=dtype, setup=Setup(device=device), load=load) as subject:
         exact = cache(partial(Reference, folder, dtype="float64"))
         expected = _expectations(subject, reference, exact, progress, full=full)
-        run = _Run(name, full, load, progress, reference, expected)
+        run = _Run(name, device, full, load, progress, reference, expected)
         if dtype == "float32":
             rows = list(_main_rows(run, subject))
         else:
             rows = list(_bfloat16_rows(run, subject, Reference(folder, dtype=dtype)))
     if dtype == "float32":
         rows += _setup_rows(run)
+        if device != "cpu":
+            rows += _drawn_rows(run)
     return Report(name, dtype, tuple(rows), time.monotonic() - began)
 
 
@@ -146,11 +151,22 @@ def _setup_rows(run: _Run) -> Iterator[Row]:
     """Other sizes of blocks and chunks, each an engine of its own."""
     for setup in GRID if run.full else SETUPS:
         run.progress(str(setup))
-        with opened(run.name, dtype="float32", setup=setup, load=run.load) as subject:
+        placed = replace(setup, device=run.device)
+        with opened(run.name, dtype="float32", setup=placed, load=run.load) as subject:
             for expected in run.by_name("code", "long chat"):
                 rows = [*cases.greedy(subject, expected)] if run.full else []
                 rows += cases.forks(subject, expected, num_tokens=8)
                 yield judge_worst("set-up", f"{setup}: {expected.prompt.name}", rows)
+
+
+def _drawn_rows(run: _Run) -> Iterator[Row]:
+    """Tokens that the device drew, all prompts in one batch, launched before the tokens before them were read."""
+    run.progress("drawn on the device")
+    with opened_whole(run.name, dtype="float32", setup=Setup(device=run.device), load=run.load) as engine:
+        roots = [engine.root(token_ids=expected.prompt.token_ids) for expected in run.expected]
+        outs = engine.generate(roots, max_tokens=NUM_TOKENS, ignore_eos=True)
+        for expected, out in zip(run.expected, outs, strict=True):
+            yield cases.drawn(expected, out.token_ids)
 
 
 def _bfloat16_rows(run: _Run, subject: Subject, halved: Reference) -> Iterator[Row]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from dendrite.engine.batch import Batch
 from dendrite.engine.branch import Branch
 from dendrite.engine.config import EngineConfig
+from dendrite.engine.devices import runner_and_head
 from dendrite.engine.engine import Engine
 from dendrite.engine.models import LoadedModel, load_model
-from dendrite.engine.runner import Runner, TorchRunner
+from dendrite.engine.runner import Runner
 from dendrite.engine.swap import KVMover
 from dendrite.engine.text import HFTokenizer
 
@@ -38,6 +39,7 @@ class Setup:
 
     block_size: int = 16
     prefill_chunk: int = 512
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"blocks of {self.block_size}, chunks of {self.prefill_chunk}"
@@ -55,6 +57,7 @@ class Recorder:
         self.mover: KVMover = runner.mover
         self.fingerprint = runner.fingerprint
         self.default_swap_bytes = runner.default_swap_bytes
+        self.prefill_chunk = runner.prefill_chunk
         self.rows: list[Tensor] | None = None
         self._runner = runner
 
@@ -66,7 +69,7 @@ class Recorder:
         """The head over hidden states, kept if someone records."""
         logits = self._runner.logits(hidden)
         if self.rows is not None:
-            self.rows.extend(logits.float().clone())
+            self.rows.extend(logits.float().cpu().clone())
         return logits
 
     def close(self) -> None:
@@ -106,13 +109,29 @@ class Subject:
 
 @contextmanager
 def opened(name: str, *, dtype: str, setup: Setup, load: Load = load_model) -> Iterator[Subject]:
-    """An engine with this set-up, closed at the end."""
-    loaded = load(name, dtype=dtype)
-    pool = loaded.spec.bytes_per_token * POOL_TOKENS
-    runner = TorchRunner(loaded.model, loaded.spec, kv_memory=pool, block_size=setup.block_size)
+    """An engine with this set-up, closed at the end. The host draws, from logits that can be kept."""
+    loaded = load(name, dtype=dtype, device=setup.device)
+    config = _config(loaded, setup)
+    runner, _ = runner_and_head(loaded.model, loaded.spec, config)
     recorder = Recorder(runner)
-    config = EngineConfig.of(
-        dtype=dtype, kv_memory=pool, block_size=setup.block_size, prefill_chunk=setup.prefill_chunk
-    )
     with Engine(recorder, HFTokenizer(loaded.tokenizer, loaded.eos_token_ids), config) as engine:
         yield Subject(engine, recorder)
+
+
+@contextmanager
+def opened_whole(name: str, *, dtype: str, setup: Setup, load: Load = load_model) -> Iterator[Engine]:
+    """An engine with this set-up as users get it, which on a CUDA device draws there and looks ahead."""
+    loaded = load(name, dtype=dtype, device=setup.device)
+    tokenizer = HFTokenizer(loaded.tokenizer, loaded.eos_token_ids)
+    with Engine.of(loaded.model, loaded.spec, tokenizer, _config(loaded, setup)) as engine:
+        yield engine
+
+
+def _config(loaded: LoadedModel, setup: Setup) -> EngineConfig:
+    return EngineConfig.of(
+        dtype=loaded.spec.dtype,
+        device=setup.device,
+        kv_memory=loaded.spec.bytes_per_token * POOL_TOKENS,
+        block_size=setup.block_size,
+        prefill_chunk=setup.prefill_chunk,
+    )

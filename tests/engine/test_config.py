@@ -104,7 +104,7 @@ def test_memory_is_bytes_or_a_string_with_a_unit(given: int | str | None, num_by
         ({"block_size": 0}, ["block_size=0", "1 to 256"]),
         ({"block_size": 257}, ["block_size=257"]),
         ({"dtype": "int4"}, ["dtype='int4'", "bfloat16"]),
-        ({"device": "cuda"}, ["device='cuda'", "later"]),
+        ({"device": "tpu"}, ["device='tpu'", "cuda:1"]),
         ({"seed": "x"}, ["seed='x'"]),
         ({"deterministic": True}, ["deterministic=True", "later"]),
         ({"integrity": "canary"}, ["integrity='canary'", "later"]),
