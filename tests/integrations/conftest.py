@@ -11,15 +11,19 @@ from dendrite.integrations.engines import ENGINES
 
 SHARED = "dendrite-test"
 """The name under which the adapters find it."""
+OTHER = "smollm2-135m-instruct"
+"""A second name for it, and its own: tests that ask for another model get this one."""
 
 
 @pytest.fixture(scope="session")
 def shared_engine(real_model_folder: Path) -> Iterator[Engine]:
     """Load the default model once."""
     with Engine.load(str(real_model_folder), kv_memory="512MiB") as engine:
-        ENGINES.register(SHARED, engine)
+        for name in (SHARED, OTHER):
+            ENGINES.register(name, engine)
         yield engine
-        ENGINES.unregister(SHARED)
+        for name in (SHARED, OTHER):
+            ENGINES.unregister(name)
 
 
 @pytest.fixture(autouse=True)
