@@ -50,29 +50,20 @@ from dendrite.dsl.result import (
     Tree as Tree,
 )
 from dendrite.dsl.search import Search as Search
+from dendrite.dsl.strategies.adaptive_branching import AdaptiveBranching as AdaptiveBranching
+from dendrite.dsl.strategies.base import Candidate as Candidate
+from dendrite.dsl.strategies.base import Expand as Expand
+from dendrite.dsl.strategies.base import Expanded as Expanded
+from dendrite.dsl.strategies.base import Select as Select
+from dendrite.dsl.strategies.base import Selected as Selected
 from dendrite.dsl.strategies.base import Strategy as Strategy
 from dendrite.dsl.strategies.beam import Beam as Beam
-from dendrite.dsl.strategies.later import (
-    LATS as LATS,
-)
-from dendrite.dsl.strategies.later import (
-    MCTS as MCTS,
-)
-from dendrite.dsl.strategies.later import (
-    AdaptiveBranching as AdaptiveBranching,
-)
-from dendrite.dsl.strategies.later import (
-    BestFirst as BestFirst,
-)
-from dendrite.dsl.strategies.later import (
-    BestOfN as BestOfN,
-)
-from dendrite.dsl.strategies.later import (
-    DepthFirst as DepthFirst,
-)
-from dendrite.dsl.strategies.later import (
-    SelfRefine as SelfRefine,
-)
+from dendrite.dsl.strategies.best_first import BestFirst as BestFirst
+from dendrite.dsl.strategies.best_of_n import BestOfN as BestOfN
+from dendrite.dsl.strategies.depth_first import DepthFirst as DepthFirst
+from dendrite.dsl.strategies.lats import LATS as LATS
+from dendrite.dsl.strategies.mcts import MCTS as MCTS
+from dendrite.dsl.strategies.self_refine import SelfRefine as SelfRefine
 from dendrite.dsl.types import Prompt as Prompt
 from dendrite.engine.branch import Branch as Branch
 from dendrite.engine.constraints import Constraint as Constraint

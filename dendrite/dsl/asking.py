@@ -26,8 +26,6 @@ async def reflect(run: Run, ask: Reflect) -> Reflected:
         append_prompt(step.branch, ask.prompt)
         step.branch.append(answer.token_ids)
         step.appended += shown(ask.prompt) + answer.text
-    else:
-        run.reflections.append(answer.text.strip())
     return Reflected(ask.node, answer.text)
 
 

@@ -15,6 +15,9 @@ from dendrite.dsl.run import Run
 from dendrite.dsl.types import Prompt, is_prompt, shown
 from dendrite.engine.errors import CallbackError, ConstraintError
 
+MAX_REFLECTIONS = 3
+"""A node sees the newest: more would fill its prompt (Reflexion, Shinn et al., 2023, keeps one to three)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
@@ -31,7 +34,7 @@ class Proposal:
 
 async def propose(run: Run, sources: Sequence[Source], parent: Step) -> list[Proposal]:
     """Ask every source; proposals in the order of the sources."""
-    parent.reflections = tuple(run.reflections)
+    parent.reflections = tuple(run.reflections[-MAX_REFLECTIONS:])
     proposals: list[Proposal] = []
     for source in sources:
         proposals += _proposals(

@@ -225,6 +225,8 @@ class SearchLoop:
             case Reflect() | Vote():
                 assert flight.task is not None, "it was started"
                 told = flight.task.result()  # type: ignore[assignment]
+                if isinstance(ask, Reflect) and isinstance(told, Reflected) and not ask.is_kept:
+                    self._run.reflections.append(told.text.strip())
         self._progress = self._strategy.tell(self._progress, told)
         if survivors is not None:
             self._run.emit("round", self._best(), nodes=survivors)

@@ -1,74 +1,18 @@
 """Beam search as a pure strategy: asked, told, and compared with the definition."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, ProgramFacts, Select, Selected, Told
-from dendrite.dsl.strategies.beam import Beam, BeamState
+from dendrite.dsl.strategies.base import Expand, ProgramFacts, Select
+from dendrite.dsl.strategies.beam import Beam
 from dendrite.dsl.types import StepId
 from dendrite.engine.errors import ProgramError
+from tests.dsl.world import World, searched, worlds
 
-Values = dict[tuple[int, ...], float]
 FACTS = ProgramFacts(has_score=True, has_observe=False, has_selector=False, keep=None)
-
-
-class World:
-    """A tree of known values that answers asks the way the search loop does."""
-
-    def __init__(
-        self, values: Values, *, width: int, keep: int | None, terminal: frozenset[tuple[int, ...]] = frozenset()
-    ) -> None:
-        self.values = values
-        self.width = width
-        self.keep = keep
-        self.terminal = terminal
-        self.nodes = [Candidate(StepId(0), None, 0)]
-        self.paths: list[tuple[int, ...]] = [()]
-        self.goal: tuple[int, ...] | None = None
-
-    def answer(self, ask: Ask) -> Told:
-        if isinstance(ask, Select):
-            ranked = sorted(ask.nodes, key=lambda node: self.nodes[node].rank, reverse=True)
-            return Selected(tuple(ranked[: self.keep]))
-        assert isinstance(ask, Expand)
-        path = self.paths[ask.node]
-        children = []
-        for index in range(self.width):
-            child = (*path, index)
-            if child in self.values:
-                children.append(self.add(child, ask.node))
-        return Expanded(ask.node, tuple(children))
-
-    def add(self, path: tuple[int, ...], parent: StepId) -> Candidate:
-        node = Candidate(
-            StepId(len(self.nodes)),
-            parent,
-            len(path),
-            self.values[path],
-            is_terminal=path in self.terminal or path == self.goal,
-            is_goal=path == self.goal,
-        )
-        self.nodes.append(node)
-        self.paths.append(path)
-        return node
-
-
-def searched(beam: Beam, world: World) -> BeamState:
-    """Drive a strategy to its end, checking on the way that its state can be written down."""
-    state, asks = beam.ask(beam.begin(world.nodes[0]))
-    while asks:
-        told = [world.answer(ask) for ask in asks]
-        asks = []
-        for result in told:
-            state, more = beam.ask(beam.tell(state, result))
-            asks = [*asks, *more]
-        json.dumps(asdict(state))
-        assert beam.best(state) in beam.live(state)
-    return state
 
 
 def by_definition(world: World, depth: int) -> tuple[int, ...]:
@@ -88,25 +32,10 @@ def by_definition(world: World, depth: int) -> tuple[int, ...]:
     return max(pool, key=lambda path: (world.values.get(path, float("-inf")), len(path)))
 
 
-@st.composite
-def worlds(draw: st.DrawFn) -> World:
-    width = draw(st.integers(1, 3))
-    values: Values = {}
-    level: list[tuple[int, ...]] = [()]
-    distinct = draw(st.permutations(range(60)))
-    for _ in range(3):
-        level = [(*path, i) for path in level for i in range(width) if draw(st.integers(0, 4))]
-        for path in level:
-            values[path] = float(distinct[len(values)])
-    terminal = frozenset(draw(st.sets(st.sampled_from(sorted(values)), max_size=4)) if values else ())
-    return World(values, width=width, keep=draw(st.none() | st.integers(1, 3)), terminal=terminal)
-
-
 @given(worlds(), st.integers(1, 4))
 def test_beam_is_what_its_definition_says(world: World, depth: int) -> None:
     """The best node is the oracle's, over trees with dead ends and terminal nodes, for any keep and depth."""
-    best = Beam(depth).best(searched(Beam(depth), world))
-    assert world.paths[best] == by_definition(world, depth)
+    assert searched(Beam(depth), world) == by_definition(world, depth)
 
 
 def test_the_frontier_is_asked_for_at_once() -> None:
@@ -124,11 +53,8 @@ def test_the_frontier_is_asked_for_at_once() -> None:
 
 def test_the_first_goal_in_ask_order_ends_the_search() -> None:
     """What comes after the goal is told but asks for nothing; the goal is best whatever its value."""
-    world = World({(0,): 9, (1,): 1}, width=2, keep=None)
-    world.goal = (1,)
-    state = searched(Beam(5), world)
-    assert world.paths[Beam(5).best(state)] == (1,)
-    assert Beam(5).live(state) == {StepId(2)}
+    world = World({(0,): 9, (1,): 1}, width=2, goal=(1,))
+    assert searched(Beam(5), world) == (1,)
     assert len(world.nodes) == 3
 
 

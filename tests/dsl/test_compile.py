@@ -252,29 +252,10 @@ def test_programs_that_cannot_run_are_refused(compile_it: Callable[[], object], 
         compile_it()
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        dd.DepthFirst(3),
-        dd.BestFirst(30),
-        dd.MCTS(64, parallel=8),
-        dd.LATS(30, reflect="\nWhat went wrong?"),
-        dd.SelfRefine(rounds=3),
-        dd.BestOfN(16, vote=lambda node: node.text),
-        dd.AdaptiveBranching(64),
-    ],
-    ids=str,
-)
-def test_strategies_that_come_later_say_so(strategy: dd.Strategy) -> None:
-    """They can be made, and `compile` says what to use now."""
-    with pytest.raises(dd.ProgramError, match=r"later version: use Beam\(depth=...\) now"):
-        dd.compile(CUE, value, strategy=strategy)
-
-
 def test_replace_checks_anew_and_leaves_the_program_alone() -> None:
     """The same parts under another strategy; a refusal changes nothing."""
     program = dd.compile(CUE, value, strategy=BEAM)
     assert "Beam(depth=7)" in program.replace(strategy=dd.Beam(depth=7)).explain()
     with pytest.raises(dd.ProgramError):
-        program.replace(strategy=dd.MCTS(3))
+        program.replace(strategy=dd.MCTS(0))
     assert "Beam(depth=3)" in program.explain()
