@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from dendrite.dsl.functions import Function, OutOfBudget, together
-from dendrite.dsl.node import Node, Question, Sampling
+from dendrite.dsl.node import Node, Question, Sampling, Step
 from dendrite.dsl.run import Run, append_prompt
 from dendrite.dsl.strategies.base import Reflect, Reflected, Vote, Voted
 from dendrite.dsl.types import shown
@@ -22,11 +22,16 @@ async def reflect(run: Run, ask: Reflect) -> Reflected:
     except OutOfBudget:
         return Reflected(ask.node, "")
     if ask.is_kept:
-        assert step.branch is not None, "nodes of a run have branches"
-        append_prompt(step.branch, ask.prompt)
-        step.branch.append(answer.token_ids)
-        step.appended += shown(ask.prompt) + answer.text
+        criticise(step, ask, answer.text)
     return Reflected(ask.node, answer.text)
+
+
+def criticise(step: Step, ask: Reflect, text: str) -> None:
+    """Leave a reflection in the node's own text."""
+    assert step.branch is not None, "nodes of a run have branches"
+    append_prompt(step.branch, ask.prompt)
+    append_prompt(step.branch, text)
+    step.criticism += shown(ask.prompt) + text
 
 
 async def vote(run: Run, function: Function, ask: Vote) -> Voted:

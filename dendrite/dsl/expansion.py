@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dendrite.dsl import judging
@@ -26,8 +26,18 @@ if TYPE_CHECKING:  # at run time this file must not load pydantic
     from dendrite.engine.branch import Branch
 
 
-async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> list[Step]:
-    """Make the children that a strategy asked for; all of them, those that were rejected or dropped too.
+@dataclass(frozen=True, slots=True)
+class Brood:
+    """What an expansion made."""
+
+    children: list[Step]
+    """All of them, those that were rejected or dropped too."""
+    num_proposals: int
+    """How many its node had had by then: the next one's seed depends on it."""
+
+
+async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> Brood:
+    """Make the children that a strategy asked for.
 
     Args:
         run: what they belong to.
@@ -38,6 +48,7 @@ async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> list[Step]:
     """
     parent = run.steps[ask.node]
     children: list[Step] = []
+    num_proposals = parent.num_proposals
     try:
         proposals = await propose(run, loop.sources, parent)
         await turn.come()
@@ -47,6 +58,7 @@ async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> list[Step]:
         async with joined() as group:
             for proposal in proposals:
                 await _start(run, loop.body, parent, proposal, children=children, group=group)
+            num_proposals = parent.num_proposals
             turn.end()
             run.leave(turn)
             if run.wants_logprobs:
@@ -57,7 +69,7 @@ async def expand(run: Run, loop: Loop, ask: Expand, turn: Turn) -> list[Step]:
         for step in children:  # some may not have started growing
             step.turn.end()
             run.leave(step)
-    return children
+    return Brood(children, num_proposals)
 
 
 async def _start(
@@ -80,6 +92,7 @@ async def _start(
             state=proposal.state,
         )
         children.append(step)
+        step.tape += [proposal.cue] if proposal.cue else []
         run.emit("forked", step)
         sampling = None if proposal.is_made else proposal.sampling
         if sampling is not None:
@@ -132,9 +145,10 @@ async def _grow(run: Run, body: Sequence[Expansion], step: Step, sampling: Sampl
         for operation in body:
             if isinstance(operation, Observe) and run.is_live(step):
                 await judging.observe(run, operation, step)
-            elif isinstance(operation, Merge) and run.is_live(step):
+            elif isinstance(operation, Merge):
                 await step.turn.come()
-                await judging.merge(run, operation, step)
+                if run.is_live(step):
+                    await judging.merge(run, operation, step)
         step.turn.end()
         scores = [operation for operation in body if isinstance(operation, Score)]
         if scores and run.is_live(step):
@@ -154,6 +168,7 @@ async def _generate(run: Run, step: Step, sampling: Sampling) -> None:
     finally:
         run.meter.settle_tokens(sampling.max_tokens, used)
     step.text = generation.text
+    step.tape.append({"tokens": list(generation.token_ids)})
     logprobs = generation.logprobs
     step.logprob = sum(logprobs) / len(logprobs) if logprobs else None
     if generation.error is not None:

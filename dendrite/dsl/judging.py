@@ -41,6 +41,7 @@ async def observe(run: Run, operation: Observe, step: Step) -> None:
 def _take_in(step: Step, outcome: Outcome[object]) -> None:
     assert step.branch is not None, "nodes of a run have branches"
     append_prompt(step.branch, outcome.append)
+    step.tape += [outcome.append] if outcome.append else []
     step.appended = shown(outcome.append)
     step.state = outcome.state
     if outcome.goal or outcome.terminal:

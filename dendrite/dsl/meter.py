@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from dendrite.dsl.functions import OutOfBudget
 from dendrite.dsl.records import Budget
@@ -29,6 +29,13 @@ class Usage:
     """Nodes made, the root aside."""
     peak_kv_bytes: int
     """The most K/V that was held at the end of any operation, beyond what was held before."""
+    seconds: float
+
+
+class Spent(TypedDict):
+    """What a run has used of its budget."""
+
+    tokens: int
     seconds: float
 
 
@@ -117,6 +124,17 @@ class Meter:
         self._peak_blocks = max(self._peak_blocks, held)
         limit = self._budget.kv_bytes
         self._holds_too_much = limit is not None and held * self._before.block_bytes > limit
+
+    @property
+    def spent(self) -> Spent:
+        """What counts against the budget, to go on from."""
+        return {"tokens": self.num_tokens, "seconds": time.monotonic() - self._start}
+
+    def restore(self, spent: Spent, *, num_nodes: int) -> None:
+        """Go on from what an earlier process spent."""
+        self.num_tokens = int(spent["tokens"])
+        self._start -= spent["seconds"]
+        self.num_nodes = num_nodes
 
     def lift(self) -> None:
         """The run is over: what users ask its nodes from now on is their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol
 
 from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import Prompt, S_co, StepId
@@ -52,7 +52,9 @@ class Node(Generic[S_co]):
     @property
     def transcript(self) -> str:
         """Everything from the prompt, as it was given, to the end of this step; chat messages as `role: content`."""
-        return "".join(part for step in self._step.path for part in (step.cue, step.text, step.appended))
+        return "".join(
+            part for step in self._step.path for part in (step.cue, step.text, step.appended, step.criticism)
+        )
 
     @property
     def state(self) -> S_co:
@@ -193,6 +195,10 @@ class Step:
     text: str = ""
     appended: str = ""
     """What `@observe` put after it."""
+    criticism: str = ""
+    """Reflections that stay in its text, question and answer."""
+    tape: list[Any] = field(default_factory=list)
+    """What its branch is its parent's and: prompts, and `{"tokens": [...]}` where text was generated."""
     prior: float = 1.0
     logprob: float | None = None
     """Mean log-probability of the tokens of `text`, where it is known."""

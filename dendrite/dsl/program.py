@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
+import json
+import random
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
 
+from dendrite.dsl.codec import Codec
 from dendrite.dsl.compiler import lower
 from dendrite.dsl.events import Event
 from dendrite.dsl.explain import explained
 from dendrite.dsl.fronts import Waiter, iterated
 from dendrite.dsl.functions import together
+from dendrite.dsl.journal import VERSION, Journal, check_same, create, functions_of, read
+from dendrite.dsl.log import Log
 from dendrite.dsl.marks import Mark
 from dendrite.dsl.meter import Meter
 from dendrite.dsl.node import Node
@@ -49,7 +58,8 @@ class Program(Generic[S]):
         state: the root's state.
         seed: the same seed gives the same search; without one each run differs.
         budget: where to stop with what there is.
-        journal: comes with a later version.
+        journal: a file that gets every ask and tell, a line each, on the disk before the search goes on; `resume` goes
+            on from it, whatever ended the process.
     """
 
     def __init__(
@@ -109,6 +119,35 @@ class Program(Generic[S]):
         with Waiter() as waiter:
             return waiter.wait(_drained(loop))
 
+    def resume(self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None) -> Result[S]:
+        """Go on with a search from its journal, or from what `Search.save` wrote, to the end it would have had.
+
+            result = program.resume("run.jsonl", engine)
+
+        What was told before is told again without the model; texts get new branches, whose K/V is computed when it is
+        needed. What was under way when the process ended is made anew, from the same seeds. `usage` counts what was
+        generated, the nodes and the seconds of both; figures of the engine are this process's.
+
+        Args:
+            path: the journal, which goes on too.
+            on: what the search was started on, loaded again.
+            budget: in place of the one the search was started with; what is spent stays spent.
+
+        Raises:
+            SnapshotError: no such journal, or one of another model, program, strategy, state type or branch; names
+                which. Nothing is changed.
+            ProgramError, CallbackError, EngineError: as for `run`.
+        """
+        loop = self._reopen(Path(path), on, budget)
+        with Waiter() as waiter:
+            return waiter.wait(_drained(loop))
+
+    async def aresume(
+        self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None
+    ) -> Result[S]:
+        """`resume` for asyncio."""
+        return await _drained(self._reopen(Path(path), on, budget))
+
     async def arun(
         self,
         on: Engine | Branch,
@@ -158,7 +197,9 @@ class Program(Generic[S]):
         budget: Budget | None = None,
     ) -> Search[S]:
         """A search to step by hand; see `Search`."""
-        return Search(self._begin(on, prompt, state=state, seed=seed, budget=budget))
+        seed = random.getrandbits(53) if seed is None else seed
+        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, is_saved=True)
+        return Search(loop, lambda: Codec(self._state_type))
 
     def map(
         self,
@@ -213,16 +254,31 @@ class Program(Generic[S]):
         seed: int | None,
         budget: Budget | None,
         journal: PathLike[str] | str | None = None,
+        is_saved: bool = False,
     ) -> SearchLoop:
         """Check the arguments and set a search up; nothing is run and nothing made yet."""
-        if journal is not None:
-            raise ProgramError(
-                "journal= comes with a later version: run without it, there is nothing to resume from yet"
-            )
         if not is_prompt(prompt):
             raise ProgramError(f"the prompt is {prompt!r}: give text, or a list of messages with role and content")
         self._check_state(state)
         engine, origin = _engine_of(on)
+        log: Log | None = None
+        if journal is not None or is_saved:
+            seed = random.getrandbits(53) if seed is None else seed
+            header = functools.partial(self._header, engine, origin, prompt, state=state, seed=seed, budget=budget)
+            log = Log(header, file=create(Path(journal), header(), Codec(self._state_type)) if journal else None)
+        return self._loop_for(engine, origin, prompt, state=state, seed=seed, budget=budget, log=log)
+
+    def _loop_for(
+        self,
+        engine: Engine,
+        origin: Branch | None,
+        prompt: Prompt,
+        *,
+        state: S,
+        seed: int | None,
+        budget: Budget | None,
+        log: Log | None,
+    ) -> SearchLoop:
         loop = self._operations[1]
         run = Run(
             engine,
@@ -232,7 +288,57 @@ class Program(Generic[S]):
             scores=[operation for operation in loop.body if isinstance(operation, Score)],
             wants_logprobs=loop.strategy.wants_logprobs,
         )
-        return SearchLoop(self._operations, run, origin=origin, prompt=prompt, state=state)
+        return SearchLoop(self._operations, run, origin=origin, prompt=prompt, state=state, log=log)
+
+    def _header(
+        self,
+        engine: Engine,
+        origin: Branch | None,
+        prompt: Prompt,
+        *,
+        state: S,
+        seed: int | None,
+        budget: Budget | None,
+    ) -> dict[str, Any]:
+        """The first line of a journal: what must not change, and what the search was started with."""
+        codec = Codec(self._state_type)
+        return self._identity(engine, origin) | {
+            "seed": seed,
+            "prompt": prompt,
+            "root": codec.dump(state),
+            "budget": None if budget is None else asdict(budget),
+        }
+
+    def _identity(self, engine: Engine, origin: Branch | None) -> dict[str, Any]:
+        """What must be the same where a journal is gone on from."""
+        loop = self._operations[1]
+        options = [
+            [source.cue, source.width, asdict(source.sampling), source.prior, source.function is not None]
+            for source in loop.sources
+        ]
+        return {
+            "journal": VERSION,
+            "model": engine.spec.name,
+            "strategy": str(loop.strategy),
+            "sources": json.loads(json.dumps(options)),
+            "functions": functions_of(loop),
+            "state": Codec(self._state_type).schema,
+            "origin": None if origin is None else _digest(origin.token_ids),
+        }
+
+    def _reopen(self, path: Path, on: Engine | Branch, budget: Budget | None) -> SearchLoop:
+        """Check a journal and set its search up."""
+        engine, origin = _engine_of(on)
+        header, lines = read(path)
+        check_same(header, self._identity(engine, origin), path)
+        codec = Codec(self._state_type)
+        if budget is None and header["budget"] is not None:
+            budget = Budget(**header["budget"])
+        log = Log(lambda: header, codec, file=Journal(path, codec), lines=lines)
+        state = cast("S", codec.load(header["root"]))
+        return self._loop_for(
+            engine, origin, header["prompt"], state=state, seed=header["seed"], budget=budget, log=log
+        )
 
     def _check_state(self, state: S) -> None:
         if not fits(type(state), self._state_type):
@@ -280,6 +386,10 @@ def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:
     if not hasattr(on, "agenerate"):
         raise ProgramError(f"a program runs on an Engine or a Branch, not on {on!r}")
     return on, None
+
+
+def _digest(token_ids: Sequence[int]) -> str:
+    return hashlib.sha256(repr(list(token_ids)).encode()).hexdigest()[:16]
 
 
 async def _drained(loop: SearchLoop) -> Result[Any]:

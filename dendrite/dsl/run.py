@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -97,6 +97,30 @@ class Run:
             parent.made.add(text)
         self.expect(step)
         return self._add(step)
+
+    def rebuild_child(self, row: Mapping[str, Any], state: object) -> Step:
+        """A node as a journal has it: the same text on a new branch, whose K/V is computed when it is needed."""
+        parent = self.steps[row["parent"]]
+        assert parent.branch is not None, "nodes of a run have branches"
+        (branch,) = parent.branch.fork(1, seed=self.seed_for(parent, "expand", row["index"]))
+        text = row["text"] if row["is_made"] else None
+        step = self.add_child(parent, self.adopt(branch), cue=row["cue"], text=text, prior=row["prior"], state=state)
+        step.turn.end()
+        self.leave(step)
+        for part in row["tape"]:
+            if isinstance(part, dict):
+                if part["tokens"]:
+                    branch.append(part["tokens"])
+            else:
+                append_prompt(branch, part)
+        branch.record.logprobs = list(row["logprobs"])
+        branch.value = row["value"]
+        step.tape, step.reflections = row["tape"], tuple(row["reflections"])
+        for name in ("text", "appended", "logprob", "value", "status", "num_asks"):
+            setattr(step, name, row[name])
+        if step.status in ("rejected", "merged", "dropped"):
+            self.release(step)
+        return step
 
     def step_of(self, node: Node[object]) -> Step | None:
         """The record behind a user's node; None for a node of another search."""

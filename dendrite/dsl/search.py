@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, cast
 
+from dendrite.dsl.codec import Codec
 from dendrite.dsl.fronts import iterated
 from dendrite.dsl.node import Node
 from dendrite.dsl.result import Result
@@ -27,8 +29,9 @@ class Search(Generic[S]):
     calls too.
     """
 
-    def __init__(self, loop: SearchLoop) -> None:
+    def __init__(self, loop: SearchLoop, codec_of: Callable[[], Codec]) -> None:
         self._loop = loop
+        self._codec_of = codec_of
         self._events = iterated(loop.events())
         self._frontier: Sequence[Node[S]] = ()
 
@@ -64,12 +67,12 @@ class Search(Generic[S]):
         return cast("Result[S]", self._loop.result)
 
     def save(self, path: PathLike[str] | str) -> None:
-        """Write the search down, to go on from after a restart. Comes with a later version.
+        """Write the search down as it stands, to go on from with `program.resume(path, engine)`, at any later time.
 
         Raises:
-            ProgramError: always, for now.
+            ProgramError: there is a file at the path, or a state that cannot be written down. Nothing was written.
         """
-        raise ProgramError(f"save({str(path)!r}): saving a search comes with a later version; keep the process for now")
+        self._loop.save(Path(path), self._codec_of())
 
     def close(self) -> None:
         """End the search here and prune what it made, unless it has its result; calling again is fine."""

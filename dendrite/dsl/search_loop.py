@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dendrite.dsl.asking import reflect, vote
+from dendrite.dsl.codec import Codec
 from dendrite.dsl.events import Event
-from dendrite.dsl.expansion import expand
+from dendrite.dsl.expansion import Brood, expand
+from dendrite.dsl.log import Log, candidate
 from dendrite.dsl.node import Node, Step
 from dendrite.dsl.operations import Operations
 from dendrite.dsl.result import Result, Stopped
@@ -26,7 +29,6 @@ from dendrite.dsl.run import Run
 from dendrite.dsl.selecting import ranked, select
 from dendrite.dsl.strategies.base import (
     Ask,
-    Candidate,
     Expand,
     Expanded,
     Reflect,
@@ -54,14 +56,21 @@ class _Flight:
     """One ask on its way; a choice is made when its turn to be told comes."""
 
     ask: Ask
-    task: asyncio.Task[list[Step]] | asyncio.Task[Told] | None
+    task: asyncio.Task[Brood] | asyncio.Task[Told] | None
 
 
 class SearchLoop:
     """One search. `events` runs it; `result` is there afterwards."""
 
     def __init__(
-        self, operations: Operations, run: Run, *, origin: Branch | None, prompt: Prompt, state: object
+        self,
+        operations: Operations,
+        run: Run,
+        *,
+        origin: Branch | None,
+        prompt: Prompt,
+        state: object,
+        log: Log | None = None,
     ) -> None:
         _, self._loop, _ = operations
         self._strategy = self._loop.strategy
@@ -69,6 +78,7 @@ class SearchLoop:
         self._origin = origin
         self._prompt = prompt
         self._state = state
+        self._log = log
         self._stopped: Stopped | None = None
         self._ran_out = False  # the budget refused what the strategy asked for
         self._chosen: list[Step] | None = None
@@ -93,6 +103,8 @@ class SearchLoop:
             try:
                 await self._end_flights()
             finally:
+                if self._log is not None:
+                    self._log.close()
                 best = self._best().path if self.result is not None else []
                 self._run.close(keep=best)
 
@@ -100,12 +112,17 @@ class SearchLoop:
         """While a `frontier` event is out: these survive, in place of the program's own choice."""
         self._chosen = [self._run.steps[node] for node in nodes]
 
+    def save(self, path: Path, codec: Codec) -> None:
+        """Write down what was told so far."""
+        assert self._log is not None, "searches that may be saved have a log"
+        self._log.save(path, codec)
+
     async def _search(self) -> AsyncGenerator[Event[object]]:
         root = self._run.open_root(self._origin, self._prompt, self._state)
         self._stand([root])
         self._run.emit("opened", root)
-        self._progress = self._strategy.begin(_candidate(root), self._run.draw_seed())
-        self._ask()
+        self._progress = self._strategy.begin(candidate(root), self._run.draw_seed())
+        self._start(await self._replayed())
         while self._flights and self._stopped is None:
             flight = self._flights[0]
             try:
@@ -120,26 +137,47 @@ class SearchLoop:
                 break
             self._flights.popleft()
             self._tell(flight, survivors)
-            self._release()
+            self._release([other.ask for other in self._flights])
             for event in self._run.take_events():
                 yield event
 
     # --- asks under way ----------------------------------------------------------------------------------------
 
-    def _ask(self) -> None:
-        """Start what the strategy asks for, unless the search is to end."""
+    def _asked(self) -> Sequence[Ask]:
+        """What the strategy asks for next."""
         self._progress, asks = self._strategy.ask(self._progress)
+        return asks
+
+    def _start(self, asks: Sequence[Ask]) -> None:
+        """Start what is asked for, unless the search is to end."""
         if self.is_cancelled:
             self._stopped = "cancelled"
         elif self._best().status == "goal":
             self._stopped = "goal"
         elif self._run.meter.is_spent(is_idle=not self._flights) and any(isinstance(ask, Expand) for ask in asks):
             self._ran_out = True
-            asks = []  # what is under way is still told
+            return  # what is under way is still told
         if self._stopped is None:
-            self._flights += [_Flight(ask, self._started(ask)) for ask in asks]
+            for ask in asks:
+                if self._log is not None:
+                    self._log.asked(ask)
+                self._flights.append(_Flight(ask, self._started(ask)))
 
-    def _started(self, ask: Ask) -> asyncio.Task[list[Step]] | asyncio.Task[Told] | None:
+    async def _replayed(self) -> Sequence[Ask]:
+        """Tell what a journal has, in place of what is asked; what is asked after that."""
+        asks = deque(self._asked())
+        if self._log is None:
+            return asks
+        for line in self._log.lines:
+            told, made = await self._log.again(self._run, asks, line, self._loop)
+            self._stand(made)
+            self._progress = self._strategy.tell(self._progress, told)
+            asks += self._asked()
+            self._release(asks)
+        self._log.is_live = True
+        return asks
+
+    def _started(self, ask: Ask) -> asyncio.Task[Brood] | asyncio.Task[Told] | None:
         loop, run = asyncio.get_running_loop(), self._run
         match ask:
             case Expand():
@@ -154,9 +192,7 @@ class SearchLoop:
             case Select():
                 return None
 
-    async def _watched(
-        self, task: asyncio.Task[list[Step]] | asyncio.Task[Told] | None
-    ) -> AsyncGenerator[Event[object]]:
+    async def _watched(self, task: asyncio.Task[Brood] | asyncio.Task[Told] | None) -> AsyncGenerator[Event[object]]:
         """What happens, wherever in the search, until the task is done."""
         while task is not None and not task.done():
             news = self._run.news()
@@ -195,7 +231,7 @@ class SearchLoop:
         if isinstance(flight.ask, Select):
             steps = [self._run.steps[node] for node in flight.ask.nodes]
         elif isinstance(flight.ask, Expand) and not self._strategy.chooses_frontier:
-            children = [step for step in _children(flight) if self._run.is_live(step)]
+            children = [step for step in _brood(flight).children if self._run.is_live(step)]
             if not any(step.status == "goal" for step in children):
                 steps = [step for step in children if step.status == "open"]
         if not steps:
@@ -214,28 +250,33 @@ class SearchLoop:
 
     def _tell(self, flight: _Flight, survivors: list[Step] | None) -> None:
         """Tell what came of an ask, and start what is asked then."""
-        ask = flight.ask
-        about = self._run.steps[ask.nodes[0] if isinstance(ask, Select | Vote) else ask.node]
+        ask, run = flight.ask, self._run
+        about = run.steps[ask.nodes[0] if isinstance(ask, Select | Vote) else ask.node]
+        made: list[Step] = []
         match ask:
             case Expand():
-                told: Told = self._expanded(ask, _children(flight), survivors)
+                made = _brood(flight).children
+                told: Told = self._expanded(ask, made, survivors)
             case Select():
                 assert survivors is not None, "a choice was made"
                 told = Selected(tuple(step.id for step in survivors))
             case Reflect() | Vote():
                 assert flight.task is not None, "it was started"
                 told = flight.task.result()  # type: ignore[assignment]
-                if isinstance(ask, Reflect) and isinstance(told, Reflected) and not ask.is_kept:
-                    self._run.reflections.append(told.text.strip())
+        if isinstance(ask, Reflect) and isinstance(told, Reflected) and not ask.is_kept:
+            run.reflections.append(told.text.strip())
+        if self._log is not None:
+            num_proposals = _brood(flight).num_proposals if isinstance(ask, Expand) else 0
+            self._log.told(told, made, num_proposals=num_proposals, spent=run.meter.spent)
         self._progress = self._strategy.tell(self._progress, told)
         if survivors is not None:
-            self._run.emit("round", self._best(), nodes=survivors)
+            run.emit("round", self._best(), nodes=survivors)
         elif isinstance(told, Reflected):
-            self._run.emit("reflected", about, told.text)
+            run.emit("reflected", about, told.text)
         elif isinstance(told, Voted):
-            self._run.emit("voted", about, nodes=[self._run.steps[node] for node in told.nodes])
-        self._ask()
-        self._run.emit("told", about)
+            run.emit("voted", about, nodes=[run.steps[node] for node in told.nodes])
+        self._start(self._asked())
+        run.emit("told", about)
 
     def _expanded(self, ask: Expand, made: list[Step], survivors: list[Step] | None) -> Expanded:
         self._stand(made)
@@ -246,7 +287,7 @@ class SearchLoop:
         if survivors is not None:
             chosen = set(map(id, survivors))
             children = [step for step in children if id(step) in chosen or step.status != "open"]
-        return Expanded(ask.node, tuple(map(_candidate, children)))
+        return Expanded(ask.node, tuple(map(candidate, children)))
 
     def _stand(self, steps: Iterable[Step]) -> None:
         for step in steps:
@@ -254,10 +295,10 @@ class SearchLoop:
             if self._run.is_live(step):
                 self._standing[step.id] = step
 
-    def _release(self) -> None:
+    def _release(self, under_way: Iterable[Ask]) -> None:
         """Prune what the strategy will not come back to, and is no ancestor of what it may."""
-        under_way = [flight.ask.node for flight in self._flights if isinstance(flight.ask, Expand | Reflect)]
-        keep = self._kept([*self._strategy.live(self._progress), *under_way])
+        asked = [ask.node for ask in under_way if isinstance(ask, Expand | Reflect)]
+        keep = self._kept([*self._strategy.live(self._progress), *asked])
         for step in [step for id_, step in self._standing.items() if id_ not in keep]:
             del self._standing[step.id]
             self._run.release(step)
@@ -289,19 +330,6 @@ class SearchLoop:
         return Result(nodes=nodes, best=Node(best), stopped=stopped, usage=self._run.meter.usage())
 
 
-def _children(flight: _Flight) -> list[Step]:
+def _brood(flight: _Flight) -> Brood:
     assert flight.task is not None, "expansions are started"
     return flight.task.result()  # type: ignore[return-value]
-
-
-def _candidate(step: Step) -> Candidate:
-    return Candidate(
-        id=step.id,
-        parent=None if step.parent is None else step.parent.id,
-        depth=step.depth,
-        value=step.value,
-        prior=step.prior,
-        logprob=step.logprob,
-        is_terminal=step.status in ("terminal", "goal"),
-        is_goal=step.status == "goal",
-    )

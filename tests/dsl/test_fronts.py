@@ -235,13 +235,6 @@ def test_a_search_by_hand_can_be_left_cancelled_or_closed(engine: dd.Engine) -> 
         search.result()
 
 
-def test_saving_comes_later(engine: dd.Engine, tmp_path: Path) -> None:
-    """It says so and writes nothing."""
-    with pytest.raises(dd.ProgramError, match="later version"):
-        PROGRAM.start(engine, "Go.").save(tmp_path / "search")
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_async_person_chooses(engine: dd.Engine) -> None:
     """A `@prune` function may wait for anything."""
     answers: asyncio.Queue[int] = asyncio.Queue()
