@@ -19,7 +19,7 @@ from dendrite.engine import openmp as _openmp  # noqa: F401 - has to come before
 _ROOMS = {
     "dendrite.dsl.choice": ("Choice",),
     "dendrite.dsl.events": ("Event",),
-    "dendrite.dsl.marks": ("Mark", "expand", "observe", "prune", "score"),
+    "dendrite.dsl.marks": ("Mark", "expand", "observe", "prune", "reward", "score"),
     "dendrite.dsl.meter": ("Usage",),
     "dendrite.dsl.node": ("Node",),
     "dendrite.dsl.program": ("Part", "Program", "compile"),

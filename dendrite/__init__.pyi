@@ -15,6 +15,9 @@ from dendrite.dsl.marks import (
     prune as prune,
 )
 from dendrite.dsl.marks import (
+    reward as reward,
+)
+from dendrite.dsl.marks import (
     score as score,
 )
 from dendrite.dsl.meter import Usage as Usage

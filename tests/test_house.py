@@ -20,7 +20,15 @@ REGISTRY = re.compile(r"\b(?:pypi|pythonhosted)\.org\b|\bdownload\.pytorch\b")
 URL_HOST = re.compile(r"https?://([^/\s)\"'`>]+)")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)")
 
-KNOWN_HOSTS = {"arxiv.org", "github.com", "keepachangelog.com", "pytorch.org", "semver.org", "www.apache.org"}
+KNOWN_HOSTS = {
+    "arxiv.org",
+    "github.com",
+    "keepachangelog.com",
+    "pytorch.org",
+    "semver.org",
+    "www.apache.org",
+    "www.w3.org",
+}
 LOOPBACK = {"127.0.0.1", "0.0.0.0"}  # noqa: S104 (compared with text, nothing binds to it)
 MAX_FILE_BYTES = 500_000
 

@@ -44,11 +44,14 @@ class Codec:
         Raises:
             ProgramError: it would not come back as it was.
         """
-        plain = self._adapter.dump_python(state, mode="json")
-        if self.load(plain) != state:
-            hint = (
-                "annotate the functions' nodes, as in dd.Node[State]" if self._type is object else "make it a dataclass"
-            )
+        try:
+            plain = self._adapter.dump_python(state, mode="json")
+            survives = self.load(plain) == state
+        except ValueError:  # of pydantic: it knows no JSON for this
+            survives = False
+        if not survives:
+            is_untyped = self._type is object
+            hint = "annotate the functions' nodes, as in dd.Node[State]" if is_untyped else "make it a dataclass"
             raise ProgramError(f"the state {state!r} does not survive being written down as JSON: {hint}")
         return plain
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dendrite.dsl import journal
 from dendrite.dsl.asking import criticise
@@ -139,7 +139,7 @@ async def _rekey(run: Run, loop: Loop, made: Sequence[Step]) -> None:
     for operation, step in itertools.product(merges, made):
         if run.is_live(step):
             key = await answer(operation.key, Node(step), [Node(step)])
-            run.by_key.setdefault(cast("Hashable", key), step)
+            run.by_key.setdefault(key, step)
 
 
 def candidate(step: Step) -> Candidate:

@@ -225,6 +225,27 @@ def score(
     return mark if f is None else mark(f)
 
 
+def reward(
+    model: Callable[[list[str]], object], /, *, batch: int | None = None, weight: float = 1.0
+) -> Callable[[Sequence[Node[S]]], object]:
+    """A score of texts: any callable, plain or async, from transcripts to as many numbers, such as a reward model.
+
+        program = dd.compile(step, dd.reward(prm, batch=16), strategy=dd.MCTS(64, parallel=8))
+
+    Args:
+        model: takes a list of transcripts; returns a list, an array or a tensor of numbers.
+        batch: most texts of one call; None gives it all there are.
+        weight: what its score is multiplied by.
+    """
+
+    def scored(nodes: Sequence[Node[S]]) -> object:
+        return model([node.transcript for node in nodes])
+
+    scored.__qualname__ = getattr(model, "__qualname__", type(model).__qualname__)  # what messages call it
+    ScoreMark(batch=batch, weight=weight)(scored)
+    return scored
+
+
 @overload
 def prune(f: F, /) -> F: ...
 @overload

@@ -27,9 +27,16 @@ class Usage:
     forks: int
     nodes: int
     """Nodes made, the root aside."""
+    steps: int
+    """Steps of the engine."""
     peak_kv_bytes: int
     """The most K/V that was held at the end of any operation, beyond what was held before."""
     seconds: float
+
+    @property
+    def occupancy(self) -> float:
+        """Rows in a step on average: how full its batches were."""
+        return self.tokens_computed / self.steps if self.steps else 0.0
 
 
 class Spent(TypedDict):
@@ -150,6 +157,7 @@ class Meter:
             tokens_logical=now.tokens_logical - before.tokens_logical,
             forks=now.forks - before.forks,
             nodes=self.num_nodes,
+            steps=now.steps - before.steps,
             peak_kv_bytes=self._peak_blocks * now.block_bytes,
             seconds=time.monotonic() - self._start,
         )

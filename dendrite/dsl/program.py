@@ -9,6 +9,7 @@ import json
 import random
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from dendrite.dsl.marks import Mark
 from dendrite.dsl.meter import Meter
 from dendrite.dsl.node import Node
 from dendrite.dsl.operations import Operations, Score
+from dendrite.dsl.progress import ProgressBar
 from dendrite.dsl.records import Budget
 from dendrite.dsl.result import Result
 from dendrite.dsl.run import Run
@@ -60,6 +62,7 @@ class Program(Generic[S]):
         budget: where to stop with what there is.
         journal: a file that gets every ask and tell, a line each, on the disk before the search goes on; `resume` goes
             on from it, whatever ended the process.
+        progress: show a line on the terminal that counts along.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Program(Generic[S]):
         seed: int | None = None,
         budget: Budget | None = None,
         journal: PathLike[str] | str | None = None,
+        progress: bool = False,
     ) -> Result[S]:
         """Search to the end. Works in any thread, inside a running event loop too (then on a thread of its own).
 
@@ -117,7 +121,7 @@ class Program(Generic[S]):
         """
         loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal)
         with Waiter() as waiter:
-            return waiter.wait(_drained(loop))
+            return waiter.wait(self._drained(loop, progress=progress))
 
     def resume(self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None) -> Result[S]:
         """Go on with a search from its journal, or from what `Search.save` wrote, to the end it would have had.
@@ -140,13 +144,13 @@ class Program(Generic[S]):
         """
         loop = self._reopen(Path(path), on, budget)
         with Waiter() as waiter:
-            return waiter.wait(_drained(loop))
+            return waiter.wait(self._drained(loop))
 
     async def aresume(
         self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None
     ) -> Result[S]:
         """`resume` for asyncio."""
-        return await _drained(self._reopen(Path(path), on, budget))
+        return await self._drained(self._reopen(Path(path), on, budget))
 
     async def arun(
         self,
@@ -157,9 +161,11 @@ class Program(Generic[S]):
         seed: int | None = None,
         budget: Budget | None = None,
         journal: PathLike[str] | str | None = None,
+        progress: bool = False,
     ) -> Result[S]:
         """`run` for asyncio: async functions of the program run on this event loop. Cancelling it prunes everything."""
-        return await _drained(self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal))
+        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal)
+        return await self._drained(loop, progress=progress)
 
     def stream(
         self,
@@ -320,7 +326,7 @@ class Program(Generic[S]):
             "journal": VERSION,
             "model": engine.spec.name,
             "strategy": str(loop.strategy),
-            "sources": json.loads(json.dumps(options)),
+            "sources": json.loads(json.dumps(options, default=str)),
             "functions": functions_of(loop),
             "state": Codec(self._state_type).schema,
             "origin": None if origin is None else _digest(origin.token_ids),
@@ -345,6 +351,14 @@ class Program(Generic[S]):
             wanted = getattr(self._state_type, "__qualname__", str(self._state_type))
             given = "none was given" if state is None else f"it was given a {type(state).__qualname__}"
             raise ProgramError(f"the program's functions take Node[{wanted}], and {given}: pass state={wanted}(...)")
+
+    async def _drained(self, loop: SearchLoop, *, progress: bool = False) -> Result[S]:
+        with ProgressBar(str(self._operations[1].strategy)) if progress else nullcontext() as bar:
+            async for event in loop.events():
+                if bar is not None:
+                    bar.saw(event)
+        assert loop.result is not None, "a search that ended without an error has its result"
+        return cast("Result[S]", loop.result)
 
     def __repr__(self) -> str:
         return f"<Program {self._operations[1].strategy}>"
@@ -374,8 +388,12 @@ def compile(  # noqa: A001 - the name users know
             option is out of range, two functions take different states, or the strategy lacks something. It says what
             and where.
     """
-    names = sys._getframe(1).f_locals  # noqa: SLF001 - states may be local classes, which annotations only name
-    return Program(parts, strategy, on_error=on_error, merge=merge, names=dict(names))
+    caller = sys._getframe(1)  # noqa: SLF001 - states may be local classes, which annotations only name
+    try:
+        return Program(parts, strategy, on_error=on_error, merge=merge, names=dict(caller.f_locals))
+    except ProgramError as error:
+        error.add_note(f"compiled in {caller.f_code.co_filename}:{caller.f_lineno}")
+        raise
 
 
 def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:
@@ -390,10 +408,3 @@ def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:
 
 def _digest(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(repr(list(token_ids)).encode()).hexdigest()[:16]
-
-
-async def _drained(loop: SearchLoop) -> Result[Any]:
-    async for _ in loop.events():
-        pass
-    assert loop.result is not None, "a search that ended without an error has its result"
-    return loop.result

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, Self
 
+from dendrite.dsl import drawing
 from dendrite.dsl.meter import Usage
 from dendrite.dsl.node import Node
 from dendrite.dsl.types import S, StepId
@@ -59,6 +61,25 @@ class Tree(Generic[S]):
         """`to_dict` as JSON; what JSON does not know is written as its `repr`."""
         return json.dumps(self.to_dict(), default=repr, ensure_ascii=False)
 
+    def to_rows(self) -> list[dict[str, object]]:
+        """A flat row a node: `pandas.DataFrame(result.tree.to_rows())`."""
+        return drawing.rows_of(self._nodes, self._best, _plain)
+
+    def to_dot(self) -> str:
+        """The tree for Graphviz; the best path is bold."""
+        return drawing.to_dot(self._nodes, self._best)
+
+    def to_mermaid(self) -> str:
+        """The tree as a Mermaid flowchart."""
+        return drawing.to_mermaid(self._nodes, self._best)
+
+    def to_svg(self) -> str:
+        """The tree as a drawing that any browser shows; whole texts are its tooltips."""
+        return drawing.to_svg(self._nodes, self._best)
+
+    def _repr_html_(self) -> str:
+        return f'<div style="overflow:auto;max-height:32em">{self.to_svg()}</div>'
+
     def __str__(self) -> str:
         on_path = {node.id for node in self._best.path}
         lines = []
@@ -100,6 +121,25 @@ class Result(Generic[S]):
         ends = [node for node in standing if not self.tree.children(node)]
         return sorted(ends, key=lambda node: -float("inf") if node.value is None else node.value, reverse=True)
 
+    @property
+    def path(self) -> Sequence[Node[S]]:
+        """From the root to the best node."""
+        return self.best.path
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values: how it ended, what it took, and the tree."""
+        return {"stopped": self.stopped, "usage": dataclasses.asdict(self.usage), **self.tree.to_dict()}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; what JSON does not know is written as its `repr`."""
+        return json.dumps(self.to_dict(), default=repr, ensure_ascii=False)
+
+    def _repr_html_(self) -> str:
+        best = html.escape(self.best.transcript)
+        usage = self.usage
+        took = f"{self.stopped}; {usage.nodes} nodes, {usage.tokens_generated} tokens, {usage.seconds:.1f} s"
+        return f"<p><b>{took}</b></p><pre>{best}</pre>{self.tree._repr_html_()}"
+
     def close(self) -> None:
         """Prune the best path. Nodes stay readable; calling again is fine."""
         for node in reversed(self.best.path):
@@ -116,8 +156,6 @@ class Result(Generic[S]):
 
 
 def _row(node: Node[S]) -> dict[str, object]:
-    state = node.state
-    plain = dataclasses.asdict(state) if dataclasses.is_dataclass(state) and not isinstance(state, type) else state
     return {
         "id": node.id,
         "parent": None if node.parent is None else node.parent.id,
@@ -125,8 +163,12 @@ def _row(node: Node[S]) -> dict[str, object]:
         "text": node.text,
         "value": node.value,
         "status": node.status,
-        "state": plain,
+        "state": _plain(node.state),
     }
+
+
+def _plain(state: object) -> object:
+    return dataclasses.asdict(state) if dataclasses.is_dataclass(state) and not isinstance(state, type) else state
 
 
 def _line(node: Node[S], on_path: set[StepId]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dendrite as dd
@@ -159,6 +159,7 @@ def test_mcts_is_what_the_textbook_says(
     assert best == highest(world, [()] + [child for path in expanded for child in children_of(world, path)])
 
 
+@settings(max_examples=40)
 @given(worlds(), st.sampled_from(["uct", "puct"]), st.integers(1, 5))
 def test_mcts_with_time_enough_finds_the_best_of_the_whole_tree(world: World, rule: Rule, parallel: int) -> None:
     """It expands every node that is no end exactly once, however many leaves are under way, and then stops."""
@@ -307,7 +308,8 @@ def test_self_refine_ends_with_goals_ends_and_dead_ends() -> None:
 # --- adaptive branching --------------------------------------------------------------------------------------------
 
 
-@given(worlds(), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=15)
+@given(worlds(num_levels=2), st.integers(1, 4), st.integers(0, 99))
 def test_adaptive_branching_with_time_enough_finds_the_best(world: World, parallel: int, seed: int) -> None:
     """One child at a time, until there is no other; then it stops."""
     assert searched(dd.AdaptiveBranching(5000, parallel=parallel), world, seed=seed) == highest(
@@ -332,7 +334,7 @@ def test_adaptive_branching_goes_where_values_rise() -> None:
 
     def mean_depth(value: Callable[[Path], float]) -> float:
         depths: list[int] = []
-        for seed in range(10):
+        for seed in range(4):
             world = World(Endless(value), width=1000)
             searched(dd.AdaptiveBranching(40), world, seed=seed)
             depths += [len(path) for path in world.paths[1:]]

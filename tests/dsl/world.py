@@ -109,8 +109,9 @@ def searched(strategy: Strategy[Any], world: World, *, seed: int = 0) -> Path:
     state, asks = strategy.ask(state)
     waiting = list(asks)
     while waiting:
-        assert adapter.validate_json(adapter.dump_json(state)) == state
-        state = adapter.validate_json(adapter.dump_json(state))
+        restored = adapter.validate_json(adapter.dump_json(state))
+        assert restored == state
+        state = restored
         before = replace(state)
         told = world.answer(waiting.pop(0))
         after = strategy.tell(state, told)
