@@ -123,6 +123,29 @@ def attention(
         _show(result, json_file, markdown=markdown)
 
 
+@app.command()
+def constraints(
+    model: Model = DEFAULT_MODEL,
+    *,
+    branches: Annotated[int, typer.Option(min=1, help="Branches that decode together.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 5,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time constrained steps beside free ones, and what forced tokens save."""
+    from dendrite.bench.constraints import bench_constraints
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_constraints(
+                model, num_branches=branches, num_tokens=tokens, num_rounds=rounds, dtype=dtype, progress=progress
+            )
+        _show(result, json_file, markdown=markdown)
+
+
 suite.add_to(app, DEFAULT_MODEL)
 
 

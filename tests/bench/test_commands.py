@@ -32,6 +32,20 @@ def test_fork_measures_lengths_depths_and_blocks(tiny_folder: Callable[[str], Pa
     assert "128 tokens, idle" in result.stdout
 
 
+def test_constraints_measures_overhead_and_forced_runs(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Free and constrained branches take the same steps; a record with fixed keys takes fewer than free text."""
+    file = tmp_path / "constraints.json"
+    command = ["bench", "constraints", str(tiny_folder("llama")), "--branches", "2", "--tokens", "3", "--rounds", "2"]
+    command += ["--dtype", "float32", "--json", str(file)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    found = {(figure["engine"], figure["name"]): figure for figure in figures}
+    for kind in ("JSON strings", "letters"):
+        assert found[kind, "step"]["num_samples"] == found[kind, "constrained ÷ free step"]["num_samples"] == 2
+    assert found["fixed keys", "steps"]["median"] < found["free", "steps"]["median"] / 2
+    assert found["fixed keys", "free ÷ constrained time"]["note"].endswith("% forced")
+
+
 def test_tree_runs_beside_transformers(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms of Transformers run in their own processes; their figures stand beside ours with a ratio."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the peers: on two busy cores their threads would only wait
