@@ -16,7 +16,7 @@ from dendrite.engine.constraints import Constraint
 from dendrite.engine.engine import Engine
 from dendrite.engine.generation import Generation
 
-PROMPT = "Facts about the people on the list, as JSON.\n" * 8
+PROMPT = "Facts about the people on the list, as JSON.\n"
 FREE = "free"
 MOST_OVERHEAD = 1.05
 """A constrained step may take this many times as long as a free one."""
@@ -28,7 +28,7 @@ KINDS = {
 """Constraints under which almost every token is drawn from many: all cost and no gain."""
 _FIELDS = {
     f"how_many_{what}_this_person_has": {"type": "integer", "minimum": 0, "maximum": 9}
-    for what in ("brothers", "sisters", "children", "cousins", "neighbours", "colleagues")
+    for what in ("brothers", "sisters", "children", "cousins", "neighbours")
 }
 RECORD = Constraint(
     schema={"type": "object", "properties": _FIELDS, "required": list(_FIELDS), "additionalProperties": False}

@@ -46,7 +46,8 @@ class Constraint:
 
         Args:
             schema: a pydantic model, a dataclass or another type that pydantic knows, or a JSON schema. The text is
-                JSON on one line, with `", "` and `": "` between its parts, properties in the order of the schema.
+                JSON on one line, with `", "` and `": "` between its parts, properties in the order of the schema. An
+                object of a type has no properties but the type's; in a JSON schema, say `additionalProperties: false`.
             regex: in Rust's syntax (much like Python's, without look-around and back-references), for the whole text.
             grammar: in llguidance's dialect of Lark; the text is what `start` matches.
             choices: texts, of which one is generated.
@@ -85,7 +86,7 @@ class _PydanticModel(Protocol):
 
 
 def _schema_source(schema: object) -> str:
-    described = schema if isinstance(schema, Mapping) else _described(schema)
+    described = schema if isinstance(schema, Mapping) else _closed(_described(schema))
     try:
         return json.dumps(described, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -105,6 +106,24 @@ def _described(schema: object) -> dict[str, object]:
         return TypeAdapter(cast("type[object]", schema)).json_schema()
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise ConstraintError(f"schema={schema!r} has no JSON schema: {error.message}") from None
+
+
+def _closed(described: object) -> object:
+    """The same JSON schema without properties that the type does not name, which JSON schema allows by default."""
+    if isinstance(described, list):
+        return [_closed(part) for part in described]
+    if not isinstance(described, dict):
+        return described
+    closed = {name: _closed_part(name, part) for name, part in described.items()}
+    return {"additionalProperties": False, **closed} if "properties" in closed else closed
+
+
+def _closed_part(name: str, part: object) -> object:
+    if name in ("const", "enum", "default", "examples"):  # values, not schemas
+        return part
+    if name in ("properties", "$defs") and isinstance(part, dict):  # its keys are the user's
+        return {key: _closed(inner) for key, inner in part.items()}
+    return _closed(part)
 
 
 def _text_source(text: object) -> str:

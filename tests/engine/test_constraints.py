@@ -144,6 +144,21 @@ def test_a_schema_gives_json_that_fits_it(tiny: dd.Engine, schema: type | dict[s
                 TypeAdapter(schema).validate_python(value, strict=schema is not Point)
 
 
+def test_a_type_has_no_properties_but_its_own() -> None:
+    """Objects of a type are closed, nested ones too, and a field may be called as a keyword of JSON schema is."""
+
+    class Odd(BaseModel):
+        properties: Person
+        default: dict[str, int] = {"properties": 1}
+
+    schema = json.loads(dd.Constraint(schema=Odd).source)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Person"]["additionalProperties"] is False
+    assert list(schema["properties"]) == ["properties", "default"]
+    assert schema["properties"]["default"]["default"] == {"properties": 1}
+    assert "additionalProperties" not in dd.Constraint(schema={"type": "object", "properties": {}}).source
+
+
 def test_a_grammar_is_followed(tiny: dd.Engine) -> None:
     """Lark, with recursion."""
     grammar = 'start: sum\nsum: NUM | "(" sum "+" sum ")"\nNUM: /[0-9]/'
