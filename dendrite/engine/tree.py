@@ -231,8 +231,14 @@ class KVTree:
 
     def _unwrite(self, tip: Tip) -> None:
         """Nobody will want what the tip wrote onto its node: rolled back, or not even known yet."""
-        if tip.node.writer is tip and not tip.node.attached:
-            tip.node.num_computed = 0
+        node = tip.node
+        if node.writer is not tip:
+            return
+        if node.attached:
+            tip.offset = max(node.attached)
+            self._store.cut(node, tip.offset)
+        else:
+            node.num_computed = 0
 
     def _branch_off(self, tip: Tip) -> KVNode:
         """A child node for a tip that may not write where it stands; the tip's hold becomes the child's."""

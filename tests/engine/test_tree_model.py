@@ -7,9 +7,6 @@ token.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -19,7 +16,7 @@ from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.plan import Run
 from dendrite.engine.pressure import Pressure
-from dendrite.engine.requests import GenerateRequest
+from dendrite.engine.requests import GenerateRequest, Request, ScoreRequest
 from dendrite.engine.scheduler import _StepBuilder
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
@@ -37,15 +34,7 @@ class TreeMachine(RuleBasedStateMachine):
     def make(self, block_size: int, num_blocks: int) -> None:
         self.memory = [-1] * ((num_blocks + 1) * block_size)  # slot -> the token whose K/V lies there
         self.model: dict[Tip, list[int]] = {}
-        folder = tempfile.TemporaryDirectory()
-        self.swap = SwapSpace(
-            ListMover(self.memory, block_size),
-            bytes_per_token=1,
-            host_bytes=30,
-            disk_bytes=40,
-            folder=Path(folder.name),
-        )
-        self.folder = folder
+        self.swap = SwapSpace(ListMover(self.memory, block_size), bytes_per_token=1, host_bytes=30, disk_bytes=40)
         self.tree = KVTree(BlockPool(num_blocks, block_size), drop_stored=self.swap.drop)
         self.pressure = Pressure(self.tree, self.swap)
 
@@ -114,11 +103,32 @@ class TreeMachine(RuleBasedStateMachine):
     def step(self, data: st.DataObject, budget: int) -> None:
         """What the scheduler does with some of the branches: place, copy, plan, write, read."""
         some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=8, unique_by=id))
+        self.run_step([GenerateRequest(tip, 1) for tip in some], budget)
+
+    @rule(tip=branches, data=st.data(), budget=st.integers(1, 12))
+    def score(self, tip: Tip, data: st.DataObject, budget: int) -> None:
+        """Temporary siblings, computed in as many steps as it takes; whatever was read, nothing of them stays."""
+        candidates = data.draw(st.lists(st.lists(TOKENS, min_size=1, max_size=5), min_size=1, max_size=4))
+        request = ScoreRequest(self.tree.fork(tip), candidates)
+        nodes = set(self.tree.nodes)
+        if demand(self.tree.pool, request.demand()) <= self.tree.pool.num_available:
+            request.open_siblings(self.tree)
+            for _ in range(100):
+                self.run_step([request], budget)
+                if request.is_complete:
+                    break
+            assert request.is_complete
+            assert all(self.tree.token_ids(sib)[tip.length :] == candidates[i][:-1] for i, sib in request.siblings)
+        request.close(self.tree)
+        assert set(self.tree.nodes) <= nodes
+
+    def run_step(self, requests: list[Request], budget: int) -> None:
+        """Builds one step of the requests, runs it on the list of tokens, and checks what its rows read."""
         available = self.tree.pool.num_available
-        needed = demand(self.tree.pool, [(tip, 0, False) for tip in some])
+        needed = demand(self.tree.pool, [entry for request in requests for entry in request.demand()])
         builder = _StepBuilder(self.tree, self.pressure)
-        for tip in some:
-            builder.add_request(GenerateRequest(tip, 1), budget=budget)
+        for request in requests:
+            builder.add_request(request, budget=budget)
         step = builder.build()
         assert not step.failed or needed > available
         if step.batch is None:
@@ -177,16 +187,18 @@ class TreeMachine(RuleBasedStateMachine):
             assert self.memory[first_slot : first_slot + lead + 1] == path[len(path) - lead - 1 :]
 
     def teardown(self) -> None:
-        if hasattr(self, "model"):
+        if not hasattr(self, "model"):
+            return
+        try:
             for tip in list(self.model):
                 self.tree.prune(tip)
             assert self.tree.pool.num_available == self.tree.pool.num_total
             self.tree.clear_cache()
             assert self.tree.pool.num_free == self.tree.pool.num_total
             assert self.swap.host_used == self.swap.disk_used == 0
-            assert not any(Path(self.folder.name).rglob("*.safetensors"))
-            self.folder.cleanup()
+        finally:
+            self.swap.close()
 
 
 TestTree = TreeMachine.TestCase
-TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTree.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

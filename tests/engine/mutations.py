@@ -1,0 +1,142 @@
+"""Bugs that somebody could make in the tree, each as a change to one method. A test must catch every one of them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A change of source: `old` stands exactly once in the room."""
+
+    name: str
+    room: str
+    old: str
+    new: str
+
+    def apply(self, patch: pytest.MonkeyPatch) -> None:
+        """Puts the changed functions and methods in the place of the sound ones, until the patch is undone."""
+        module = importlib.import_module(f"dendrite.engine.{self.room}")
+        source = inspect.getsource(module)
+        assert source.count(self.old) == 1, f"{self.name}: the code it changes is there {source.count(self.old)} times"
+        changed = ModuleType(module.__name__)
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.setitem(sys.modules, module.__name__, changed)  # where dataclasses look for their own module
+            exec(compile(source.replace(self.old, self.new), str(module.__file__), "exec"), changed.__dict__)  # noqa: S102
+        for name, ours in vars(module).copy().items():
+            theirs = vars(changed).get(name)
+            if getattr(ours, "__module__", None) != module.__name__ or theirs is None:
+                continue
+            if inspect.isclass(ours):
+                for method, function in vars(theirs).items():
+                    if inspect.isfunction(function):
+                        patch.setattr(ours, method, function)
+            elif inspect.isfunction(ours):
+                patch.setattr(module, name, theirs)
+
+
+MUTATIONS = (
+    Mutation(
+        "off by one at a block's edge",
+        "tree",
+        "num_new = -(-end // size) - (",
+        "num_new = -(-(end - 1) // size) - (",
+    ),
+    Mutation(
+        "copy-on-write is forgotten",
+        "tree",
+        "return self.pool.fill(tail) == fill and not writer_needs_it",
+        "return True",
+    ),
+    Mutation(
+        "a second writer in a shared block",
+        "tree",
+        "return self.pool.ref_count(tail) == 1 or self.pool.fill(tail) == fill",
+        "return True",
+    ),
+    Mutation(
+        "wrong position after a fork in the past",
+        "tree",
+        "return node, min(offset, length - node.start)",
+        "return node, min(offset, length - node.start + 1)",
+    ),
+    Mutation(
+        "stale slots after a block was copied",
+        "tree",
+        "        if len(node.blocks) > num_before or copies:\n            node.spans = None\n",
+        "",
+    ),
+    Mutation(
+        "a cached tail is written over",
+        "tree",
+        "            self._store.make_sole(node, tail)",
+        "            pass",
+    ),
+    Mutation(
+        "a reference leaks",
+        "node_store",
+        "            self.pool.release(node.blocks)\n            if node.stored is not None:",
+        "            if node.stored is not None:",
+    ),
+    Mutation(
+        "a block is given back too early",
+        "node_store",
+        "            keep = self._num_blocks(node, live)\n",
+        "            keep = self._num_blocks(node, live) - 1\n",
+    ),
+    Mutation(
+        "stale slots after a roll-back",
+        "node_store",
+        "            del node.blocks[keep:]\n            node.spans = None\n",
+        "            del node.blocks[keep:]\n",
+    ),
+    Mutation(
+        "tokens count as computed after they were cut",
+        "node_store",
+        "        node.num_computed = min(node.num_computed, live)\n",
+        "",
+    ),
+    Mutation(
+        "a parent stays cached under a held child",
+        "node_store",
+        "            revived.append(above)\n            above = above.parent\n",
+        "            revived.append(above)\n            above = None\n",
+    ),
+    Mutation(
+        "a tail takes the wrong blocks along",
+        "node_store",
+        "tail.blocks = node.blocks[first : ",
+        "tail.blocks = node.blocks[first + 1 : ",
+    ),
+    Mutation("the newest is evicted first", "cache", "next(iter(self._nodes.values()))", "[*self._nodes.values()][-1]"),
+    Mutation(
+        "a parent leaves the pool before its children",
+        "pressure",
+        "            if not num_below.get(node.node_id)\n",
+        "",
+    ),
+    Mutation(
+        "K/V comes back one slot off",
+        "pressure",
+        "self._tree.slots(node, 0, num)",
+        "self._tree.slots(node, 0, num)[::-1]",
+    ),
+    Mutation(
+        "a copy is made before its source is computed",
+        "scheduler",
+        "if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):",
+        "if budget <= 0:",
+    ),
+    Mutation(
+        "a row does not see its own key",
+        "plan",
+        "upto = int(place) + is_single",
+        "upto = int(place)",
+    ),
+)
