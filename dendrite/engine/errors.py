@@ -15,6 +15,7 @@
         │   └── SnapshotMismatch             written for another model
         ├── CallbackError    (RuntimeError)  a user's function in a search raised or returned nonsense
         ├── EngineClosed     (RuntimeError)  the engine was closed
+        ├── StepFailed       (RuntimeError)  a step failed and the calls in it with it; the engine goes on
         └── EngineDead       (RuntimeError)  the step loop died of an error of its own
 
 `ValueError` and `RuntimeError` are what common retry policies (LangGraph's among them) leave alone.
@@ -96,6 +97,13 @@ class CallbackError(EngineError, RuntimeError):
 
 class EngineClosed(EngineError, RuntimeError):
     """The engine was closed before or while the call ran."""
+
+
+class StepFailed(EngineError, RuntimeError):
+    """A step of the engine failed, and with it every call that was running; their branches are as they were.
+
+    The engine goes on, so the next call may well work. The cause is chained.
+    """
 
 
 class EngineDead(EngineError, RuntimeError):

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError
+from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError, StepFailed
 from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
@@ -44,6 +44,9 @@ from dendrite.engine.scheduler import Scheduler, Step
 from dendrite.engine.stats import Counters
 from dendrite.engine.tree import KVTree
 
+_LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+"""After these nothing more can be done on the device."""
+
 
 class StepLoop:
     """Runs whatever was submitted until it is stopped. `lock` guards `tree`, `scheduler` and `counters`."""
@@ -56,6 +59,7 @@ class StepLoop:
         self._runner = runner
         self._head = head
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
+        self._in_step: Step | None = None
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
         self._end: EngineError | None = None
@@ -130,7 +134,7 @@ class StepLoop:
             while self._wait_for_work():
                 with stepping(), torch.inference_mode():
                     while self._end is None and self.scheduler.has_work:
-                        self._step()
+                        self._beat()
                     self._flights.clear()  # nobody waits for what is left
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             with self.lock:
@@ -147,13 +151,44 @@ class StepLoop:
                 self._wake.wait()
             return self._end is None
 
+    def _beat(self) -> None:
+        """One step. If it fails for a reason of its own (memory, a kernel, a callback), the engine goes on after it."""
+        try:
+            self._step()
+        except AssertionError:
+            raise  # a bug of ours: what the tree says can't be trusted any more
+        except Exception as error:
+            if self._in_step is None or isinstance(error, _LOST_DEVICE):
+                raise
+            self._recover(self._in_step, error)
+        finally:
+            self._in_step = None  # it holds branches
+
+    def _recover(self, step: Step, error: Exception) -> None:
+        """Ends every call that was running, its branches rolled back, after a step that may have stopped anywhere.
+
+        The tree counts on the step's copies, so they are made again: nobody wrote into the sources below what is
+        copied.
+        """
+        failure = StepFailed(f"a step failed, and the calls that ran in it: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        with self.lock:
+            self._flights.clear()
+            if step.batch is not None:
+                self._runner.mover.copy_blocks(step.batch.copies)
+            for group in self.scheduler.open_groups():
+                if any(request.is_running for request in group.requests):
+                    self._end_group(group, failure)
+
     def _step(self) -> None:
         """One heartbeat: schedule → run → sample → commit."""
         began = time.perf_counter()
+        self._in_step = None
         with self.lock:
             self.release_collected()
             step = self.scheduler.schedule()
             self._fail(step)
+        self._in_step = step
         masks = self._head.prepare(step.reads)
         hidden = self._run(step)
         num_ahead = self._launch_reads(step, hidden, masks)

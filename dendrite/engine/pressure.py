@@ -76,9 +76,15 @@ class Pressure:
         assert stored is not None, "the node is in the pool"
         if not stored.is_lost:
             num = stored.num_tokens
-            self._swap.mover.copy_blocks(self._tree.place(node, num))
-            if self._swap.take(stored, self._tree.slots(node, 0, num)):
-                node.num_computed = num
+            copies = self._tree.place(node, num)
+            try:
+                self._swap.mover.copy_blocks(copies)
+                if self._swap.take(stored, self._tree.slots(node, 0, num)):
+                    node.num_computed = num
+            except BaseException:  # nobody knows what those blocks hold now: it is computed again
+                self._swap.drop(stored)
+                self._tree.unload(node, None)
+                raise
         node.stored = None
 
     def _placed_children(self) -> dict[NodeId, int]:

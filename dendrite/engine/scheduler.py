@@ -19,7 +19,7 @@ from itertools import accumulate
 
 from dendrite.engine.batch import Batch
 from dendrite.engine.demand import demand, footprint, prunable
-from dendrite.engine.errors import OutOfBlocks
+from dendrite.engine.errors import EngineError, OutOfBlocks, StepFailed
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.nodes import HiddenRow, KVNode, Tip
 from dendrite.engine.plan import Run, plan_runs
@@ -56,7 +56,7 @@ class Step:
     runs: list[tuple[Run, int, int | None]]
     """(run, the node's epoch, position of its last row in the outputs if it is one of them)"""
     reads: list[Read]
-    failed: list[tuple[Request, OutOfBlocks]] = field(default_factory=list)
+    failed: list[tuple[Request, EngineError]] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -180,7 +180,7 @@ class Scheduler:
             if output is not None and (run.is_kept or not node.hidden):
                 node.keep_hidden(run.end, (hidden, output))
 
-    def _admit(self) -> list[tuple[Request, OutOfBlocks]]:
+    def _admit(self) -> list[tuple[Request, EngineError]]:
         """Starts what fits, in the order of the queue; what does not even fit alone has failed."""
         while self._queue:
             group = self._queue[0]
@@ -269,7 +269,7 @@ class _StepBuilder:
         self._all_rows: set[NodeId] = set()
         self._last_row: set[int] = set()  # id() of runs whose last row is an output
         self._waiting: list[tuple[Request, Run | HiddenRow, int, int, int]] = []
-        self._failed: list[tuple[Request, OutOfBlocks]] = []
+        self._failed: list[tuple[Request, EngineError]] = []
         self._num_rows = 0
 
     def add_request(self, request: Request, *, budget: int) -> int:
@@ -282,6 +282,12 @@ class _StepBuilder:
                 self._add_last(request, budget)
         except OutOfBlocks as error:
             self._failed.append((request, error))
+        except AssertionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - others are in this step as well, and copies that must be made
+            failure = StepFailed(f"no room could be made for the request: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._failed.append((request, failure))
         return self._num_rows - rows
 
     def build(self) -> Step:

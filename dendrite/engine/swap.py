@@ -96,7 +96,11 @@ class SwapSpace:
         if size > max(self._host_bytes, self._disk_bytes):
             self.num_tokens_lost += num_tokens
             return stored
-        stored.saved = self.mover.save(spans)
+        try:
+            stored.saved = self.mover.save(spans)
+        except (MemoryError, RuntimeError):  # torch's own out-of-memory errors are the latter
+            self.num_tokens_lost += num_tokens
+            return stored
         self._keep(stored)
         return stored
 
@@ -162,7 +166,7 @@ class SwapSpace:
                 stored.path = path
                 self.disk_used += stored.num_bytes
                 return
-            except OSError:  # a full or broken disk is no reason to fail a request
+            except (OSError, MemoryError, RuntimeError):  # a full or broken disk is no reason to fail a request
                 if path is not None:
                     path.unlink(missing_ok=True)
         self.num_tokens_lost += stored.num_tokens

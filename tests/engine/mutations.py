@@ -91,12 +91,6 @@ MUTATIONS = (
         "            keep = self._num_blocks(node, live) - 1\n",
     ),
     Mutation(
-        "stale slots after a roll-back",
-        "node_store",
-        "            del node.blocks[keep:]\n            node.spans = None\n",
-        "            del node.blocks[keep:]\n",
-    ),
-    Mutation(
         "tokens count as computed after they were cut",
         "node_store",
         "        node.num_computed = min(node.num_computed, live)\n",

@@ -107,18 +107,43 @@ def test_the_siblings_of_a_score_are_not_cached() -> None:
         assert engine.stats().blocks_cached == 0
 
 
+def test_a_branch_that_goes_on_evicts_what_was_cached_behind_it() -> None:
+    """The cached child lies in the very slots that its parent writes next: it goes, rather than be found with them."""
+    tree = make_tree(block_size=8)
+    parent, _ = tree.new_root([1, 2, 3])
+    compute(tree, parent)
+    child = tree.fork(parent)
+    tree.extend(child, [4, 5])
+    compute(tree, child)
+    tree.prune(child)
+    assert len(tree.cache) == 1
+    tree.extend(parent, [6])
+    assert compute(tree, parent) == []
+    assert len(tree.cache) == 0
+    tree.check_integrity()
+
+
 def test_a_new_root_leaves_running_branches_the_blocks_they_count_on() -> None:
     """While a generation may need all that is available, a root begins anew rather than on a cached prefix."""
-    with scripted_engine(lambda text: "x" * 4000 if "run" in text else " yes", num_blocks=24) as engine:
+    gate = threading.Event()
+
+    def script(text: str) -> str:
+        if "run" in text:
+            gate.wait()
+            return "x" * 4000
+        return " yes"
+
+    with scripted_engine(script, num_blocks=24) as engine:
         ask(engine, "cached " * 5)
         with engine.root("run") as busy:
             room = (24 - 1) * 4 - busy.num_tokens
             thread = threading.Thread(target=busy.generate, kwargs={"max_tokens": room})
             thread.start()
-            while busy.status == "idle":
+            while busy.status != "running":
                 time.sleep(0.001)
             with engine.root("cached " * 5):
                 hits = engine.stats().cache_hits
+            gate.set()
             thread.join()
             assert hits == 0
             assert busy.num_tokens == room + 4

@@ -372,15 +372,14 @@ def test_a_closed_engine_says_so_and_wakes_its_waiters() -> None:
     root.prune()
 
 
-def test_a_loop_that_dies_tells_everybody() -> None:
-    """A runner that raises something unforeseen: the waiter and all later calls get `EngineDead` with its cause."""
+def test_a_loop_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of ours in the loop: the waiter and all later calls get `EngineDead` with its cause."""
 
-    def broken(text: str) -> str:
-        if text.endswith("fall"):
-            raise ZeroDivisionError("off a cliff")
-        return "fine"
+    def broken() -> None:
+        raise ZeroDivisionError("off a cliff")
 
-    engine = scripted_engine(broken)
+    engine = scripted_engine(lambda _: "fine")
+    monkeypatch.setattr(engine.core.loop.scheduler, "schedule", broken)
     with pytest.raises(EngineDead) as caught:
         engine.root("fall").generate(max_tokens=5)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

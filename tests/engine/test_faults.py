@@ -1,0 +1,111 @@
+"""Every allocation and every call of the runner fails in turn: nothing leaks, and the next call works."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+
+from dendrite.engine.blocks import BlockPool
+from dendrite.engine.engine import Engine
+from dendrite.engine.errors import StepFailed
+from dendrite.testing import scripted_engine
+from dendrite.testing.runner import ScriptedMover, ScriptedRunner
+from tests.engine.test_pressure import reply
+
+
+class Fault:
+    """Counts calls, and raises in the one it is set to."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.at = -1
+        self.error: Exception = RuntimeError("injected")
+
+    def wrap(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        sound: Callable[..., object] = getattr(owner, name)
+
+        def unsound(*args: object, **options: object) -> object:
+            self.num_calls += 1
+            if self.num_calls - 1 == self.at:
+                raise self.error
+            return sound(*args, **options)
+
+        patch.setattr(owner, name, unsound)
+
+
+def work(engine: Engine) -> list[str]:
+    """Forks, a call, a score and a second level in a pool that is too small, so that K/V is moved out and in."""
+    root = engine.root("all of it hangs on this:", seed=2)
+    kids = root.fork(4)
+    engine.generate(kids, max_tokens=7, temperature=1.0)
+    scores = [kid.score([" good", " rather bad"])[0] for kid in kids]
+    late = [kid.fork(1, at=kid.num_tokens - 2)[0].append(" then") for kid in kids]
+    outs = engine.generate(late, max_tokens=5, temperature=1.0)
+    return [*(kid.text for kid in kids), *(out.text for out in outs), *(f"{score:.3f}" for score in scores)]
+
+
+def engine_under_pressure(name: str) -> Engine:
+    """Files come into play where there is no memory beside the pool."""
+    return scripted_engine(reply, num_blocks=18, swap_memory=0 if name in ("write", "read") else 300, swap_disk=4000)
+
+
+PLACES = [
+    (ScriptedRunner, "run"),
+    (ScriptedRunner, "logits"),
+    (BlockPool, "allocate"),
+    (ScriptedMover, "save"),
+    (ScriptedMover, "load"),
+    (ScriptedMover, "write"),
+    (ScriptedMover, "read"),
+    (ScriptedMover, "copy_blocks"),
+]
+
+
+@pytest.mark.parametrize("owner, name", PLACES, ids=lambda part: getattr(part, "__name__", part))
+def test_a_fault_anywhere_leaks_nothing(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that meets it fails with `StepFailed`, or does not notice; the work done again gives what it should."""
+    with engine_under_pressure(name) as engine:
+        wanted = work(engine)
+    fault = Fault()
+    fault.wrap(monkeypatch, owner, name)
+    with engine_under_pressure(name) as engine:
+        work(engine)
+    num_calls, failures = fault.num_calls, 0
+    assert num_calls > 0
+    for at in range(0, num_calls, max(1, num_calls // 25)):
+        with engine_under_pressure(name) as engine:
+            fault.num_calls, fault.at = 0, at
+            try:
+                assert work(engine) == wanted
+            except StepFailed:
+                failures += 1
+            fault.at, fault.error = -1, RuntimeError("injected")  # the old one's traceback holds the step's branches
+            engine.check_integrity()
+            assert work(engine) == wanted
+            engine.check_integrity()
+            gc.collect()  # a traceback is a cycle with the frames that it names, and these hold branches
+            stats = engine.stats()
+            assert (stats.branches, stats.blocks_used, stats.swap_memory_used, stats.swap_disk_used) == (0, 0, 0, 0)
+    assert failures > 0 or owner is ScriptedMover
+
+
+def test_a_failed_step_leaves_every_branch_of_its_calls_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls in the step fail; what they generated is rolled back, and the same call then gives the same text."""
+    with scripted_engine(reply) as engine:
+        root = engine.root("the plan", seed=1)
+        kids = root.fork(3)
+        before = [kid.token_ids for kid in kids]
+        fault = Fault()
+        fault.wrap(monkeypatch, ScriptedRunner, "run")
+        fault.at = 3
+        with pytest.raises(StepFailed, match="injected"):
+            engine.generate(kids, max_tokens=6, temperature=1.0)
+        assert [kid.token_ids for kid in kids] == before
+        assert [kid.status for kid in kids] == ["idle"] * 3
+        again = [out.text for out in engine.generate(kids, max_tokens=6, temperature=1.0)]
+        with scripted_engine(reply) as other:
+            same = other.root("the plan", seed=1).fork(3)
+            assert again == [out.text for out in other.generate(same, max_tokens=6, temperature=1.0)]
+        engine.check_integrity()
