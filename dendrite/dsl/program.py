@@ -207,6 +207,16 @@ class Program(Generic[S]):
         loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, is_saved=True)
         return Search(loop, lambda: Codec(self._state_type))
 
+    def reopen(self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None) -> Search[S]:
+        """A search to step by hand from its journal, or from what `Search.save` wrote; the file goes on with it.
+
+        Its first frontier is the one that was not chosen from yet.
+
+        Raises:
+            SnapshotError: as for `resume`.
+        """
+        return Search(self._reopen(Path(path), on, budget), lambda: Codec(self._state_type))
+
     def map(
         self,
         engine: Engine,

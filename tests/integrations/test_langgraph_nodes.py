@@ -16,6 +16,7 @@ import dendrite as dd
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import BranchError, ProgramError, RequestError
 from dendrite.integrations.engines import ENGINES
+from dendrite.integrations.langchain import ChatDendrite
 from dendrite.integrations.langgraph import (
     Found,
     fork_node,
@@ -25,6 +26,7 @@ from dendrite.integrations.langgraph import (
     pick_node,
     prune_node,
     score_node,
+    search_graph,
     search_node,
 )
 from dendrite.integrations.langgraph.handles import Snapshot
@@ -197,6 +199,23 @@ def test_a_human_picks_among_parked_branches(engine: Engine) -> None:
     assert len(searches) == 1
 
 
+def test_several_answers_work_under_the_messages_stream(engine: Engine) -> None:
+    """A node that asks for n answers gets n, though LangGraph would have models stream in this mode."""
+    counts: list[int] = []
+
+    def ask(state: Chat) -> dict[str, object]:
+        with ChatDendrite(engine=engine, temperature=1.0) as chat:
+            answers = chat.generate([list(state["messages"])], n=3).generations[0]
+        counts.append(len(answers))
+        return {"messages": [AIMessage(answers[0].text)]}
+
+    builder = StateGraph(Chat)
+    builder.add_node("ask", ask)
+    builder.add_edge(START, "ask")
+    assert list(builder.compile().stream(ASK, stream_mode="messages"))
+    assert counts == [3]
+
+
 # --- nodes that drive the tree -----------------------------------------------------------------------------------
 
 
@@ -304,3 +323,35 @@ def test_a_handle_is_rebuilt_in_a_new_engine(engine: Engine) -> None:
         assert branch.text.endswith(state["texts"][0])
         assert branch.num_cached == 0
         assert branch.generate(max_tokens=2).finish_reason == "eos"
+
+
+# --- search_graph ------------------------------------------------------------------------------------------------
+
+
+def test_a_search_is_a_graph_with_a_superstep_a_round(engine: Engine) -> None:
+    """Every round is in the history, with its frontier; the end is that of the search as a whole."""
+    graph = search_graph(program, engine=engine, seed=3, checkpointer=InMemorySaver())
+    config: Any = {"configurable": {"thread_id": "1"}}
+    state = graph.invoke({"prompt": "Count."}, config)
+    with program.run(engine, "Count.", seed=3) as whole:
+        assert state["best"]["transcript"] == whole.best.transcript
+        assert state["best"]["value"] == whole.best.value
+    history = [saved.values.get("rounds") for saved in graph.get_state_history(config)]
+    assert history[:4] == [4, 3, 2, 1]
+    with open_handle(engine, state["best"]["handle"]) as branch:
+        assert branch.text.endswith(state["best"]["text"])
+
+
+async def test_it_stops_after_a_round_and_goes_on_in_another_engine(engine: Engine) -> None:
+    """A round is durable: another engine with the same model ends the search as this one would have."""
+    saver = InMemorySaver()
+    graph = search_graph(program, engine=engine, seed=3, checkpointer=saver)
+    config: Any = {"configurable": {"thread_id": "1"}}
+    stopped = await graph.ainvoke({"prompt": "Count."}, config, interrupt_after=["round"])
+    assert "best" not in stopped
+    assert stopped["frontier"][0]["value"] is not None
+    assert engine.stats().branches == 0
+    with scripted_engine(script) as restarted:
+        ended = search_graph(program, engine=restarted, seed=3, checkpointer=saver).invoke(None, config)
+    with program.run(engine, "Count.", seed=3) as whole:
+        assert ended["best"]["transcript"] == whole.best.transcript
