@@ -17,7 +17,7 @@ from dendrite.dsl.functions import OutOfBudget, joined
 from dendrite.dsl.node import Sampling, Step
 from dendrite.dsl.operations import Expansion, Loop, Merge, Observe, Score
 from dendrite.dsl.proposals import Proposal, drawn, propose
-from dendrite.dsl.run import Run, append_prompt
+from dendrite.dsl.run import Run
 from dendrite.dsl.strategies.base import Expand
 from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import shown
@@ -117,7 +117,7 @@ def _forks(run: Run, parent: Step, proposal: Proposal) -> Sequence[Branch]:
     if not proposal.cue:
         return [run.adopt(branch) for branch in parent.branch.fork(num, seed=seed)]
     (base,) = (run.adopt(branch) for branch in parent.branch.fork(1, seed=seed))
-    append_prompt(base, proposal.cue)
+    run.append_cue(base, proposal.cue, is_constant=proposal.is_constant)
     if num == 1 == proposal.width:
         return [base]
     branches = [run.adopt(branch) for branch in base.fork(num, seed=seed)]

@@ -48,12 +48,15 @@ def _lines(operation: Expansion, sources: tuple[Source, ...]) -> Iterator[str]:
             for source in sources:
                 yield f"propose  {_source(source)}"
         case Append():
-            yield "append   each cue once, on a fork of its node"
+            once = ", constant ones tokenised once in a run" if any(not source.function for source in sources) else ""
+            yield f"append   each cue once, on a fork of its node{once}"
         case Fork():
-            yield "fork     one branch a child"
+            yield f"fork     one branch a child: {' + '.join(map(_forks, sources))} forks a node, nothing copied"
         case Generate():
             samplings = dict.fromkeys(source.sampling for source in sources)
+            most = sum(source.width * source.sampling.max_tokens for source in sources)
             yield f"generate in one batch, {'; '.join(map(_sampling, samplings))}"
+            yield f"         at most {most:,} new tokens a node; its path and the cue are shared by all of them"
         case Observe(function, concurrency):
             at_once = "" if concurrency is None else f", at most {concurrency} at once"
             yield f"observe  {_function(function)}{at_once}"
@@ -64,6 +67,10 @@ def _lines(operation: Expansion, sources: tuple[Source, ...]) -> Iterator[str]:
             if takes_many:
                 how += ", all nodes in one call" if batch is None else f", {batch} nodes a call"
             yield f"score    {_function(function)}{how}"
+
+
+def _forks(source: Source) -> str:
+    return str(1 if source.width == 1 else source.width + 1)  # an only child goes on from its cue
 
 
 def _source(source: Source) -> str:

@@ -26,6 +26,8 @@ class Proposal:
     cue: Prompt
     """For a child that the user made, its text."""
     is_made: bool = False
+    is_constant: bool = False
+    """Whether the cue is the same for every node."""
     state: object
     prior: float
     width: int = 1
@@ -116,7 +118,14 @@ def _generated(source: Source, parent: Step, gen: Gen) -> Proposal:
         max_tokens=source.sampling.max_tokens if gen.max_tokens is None else gen.max_tokens,
         constraint=gen.constraint or source.sampling.constraint,
     )
-    return Proposal(cue=gen.cue, state=parent.state, prior=source.prior, width=source.width, sampling=sampling)
+    return Proposal(
+        cue=gen.cue,
+        is_constant=source.function is None,
+        state=parent.state,
+        prior=source.prior,
+        width=source.width,
+        sampling=sampling,
+    )
 
 
 def _made(source: Source, child: Child[object]) -> Proposal:

@@ -55,6 +55,7 @@ class Run:
         self.by_key: dict[Hashable, Step] = {}  # the first node of each key, where a program merges nodes
         self._branches: set[Branch] = set()  # all that this run made and has not pruned
         self._gatherings = {score: Gathering(score) for score in scores if score.takes_many}
+        self._cues: dict[str, list[int]] = {}
         self._limits: dict[Function, asyncio.Semaphore] = {}
         self._answers: dict[str, asyncio.Task[Any]] = {}
         self._last_turns: dict[str, Turn] = {}
@@ -181,6 +182,15 @@ class Run:
         for task in self._answers.values():
             task.cancel()
         self.meter.lift()
+
+    def append_cue(self, branch: Branch, cue: Prompt, *, is_constant: bool) -> None:
+        """Append a cue; a constant one is tokenised once in a run."""
+        if not (is_constant and isinstance(cue, str)):
+            append_prompt(branch, cue)
+            return
+        if cue not in self._cues:
+            self._cues[cue] = self.engine.tokenizer.encode(cue)
+        branch.append(self._cues[cue])
 
     # --- asking the engine -------------------------------------------------------------------------------------
 

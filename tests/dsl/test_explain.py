@@ -48,9 +48,10 @@ def test_a_small_program() -> None:
 open     the prompt as a user's turn, or a fork of the branch it is run on
 loop     Beam(depth=3)
   propose  5 children after '\\nStep:'
-  append   each cue once, on a fork of its node
-  fork     one branch a child
+  append   each cue once, on a fork of its node, constant ones tokenised once in a run
+  fork     one branch a child: 6 forks a node, nothing copied
   generate in one batch, up to 256 tokens, temperature 1
+           at most 1,280 new tokens a node; its path and the cue are shared by all of them
   score    value, test_explain.py:LINE
   select   keep the best 3 of the whole frontier
   release  prune the branches of all others
@@ -77,10 +78,11 @@ open     the prompt as a user's turn, or a fork of the branch it is run on
 loop     Beam(depth=4)
   propose  5 children after the cue of step, test_explain.py:LINE, dynamic
   propose  1 child after '\\nAnswer:', when early, test_explain.py:LINE
-  append   each cue once, on a fork of its node
-  fork     one branch a child
+  append   each cue once, on a fork of its node, constant ones tokenised once in a run
+  fork     one branch a child: 6 + 1 forks a node, nothing copied
   generate in one batch, up to 32 tokens, stop at '\\n', temperature 1; up to 256 tokens, stop at '\\n' or '.', \
 temperature 0
+           at most 416 new tokens a node; its path and the cue are shared by all of them
   observe  use_tool, test_explain.py:LINE, async, at most 4 at once
   score    value, test_explain.py:LINE
   score    reward, test_explain.py:LINE, async, times 0.5, 16 nodes a call
