@@ -19,7 +19,7 @@ ink inn ion its jam jar jaw jet job joy key kid kit lab lag lap law lay led leg 
 mad man map mat may men met mix mud mug net new nod nor not now nut oak odd off oil old one our out owe own pan
 paw pay pea pen pet pie pig pin pit pot put rag ran rat raw ray red rib rid rim rip rob rod row rub rug run sad
 sat saw say sea see set she sit six sky sly son sow sun tab tag tan tap tar tax tea ten the tie tin tip toe ton
-too top toy try tub two use van vet via wag war was wax way web wet who why wig win wit won yes yet you zip zoo
+too top toy try tub two use van vet via wag war was wax way web wet who why wig win won yes yet you zip zoo
 """
 WORDS = TEXT.split()
 
