@@ -198,3 +198,13 @@ def test_a_constrained_search_is_the_same_twice() -> None:
         with scripted_engine(reply) as engine, walk.run(engine, "Walk.", state=Walk(), seed=9) as result:
             texts.append([at.text for at in result.tree])
     assert texts[0] == texts[1]
+
+
+def test_tree_search_over_legal_moves_sees_forced_tokens_too(engine: dd.Engine) -> None:
+    """PUCT weighs moves by the model's probability, for which forced tokens are drawn and have theirs."""
+    program = dd.compile(move, step, height, strategy=dd.MCTS(12, parallel=3, rule="puct"))
+    with program.run(engine, "Walk.", state=Walk(), seed=1) as result:
+        nodes = list(result.tree)[1:]
+        assert nodes
+        assert all(at.text in legal(at.parent.state) for at in nodes if at.parent is not None)
+    assert engine.stats().tokens_forced == 0
