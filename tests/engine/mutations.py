@@ -97,12 +97,6 @@ MUTATIONS = (
         "",
     ),
     Mutation(
-        "a parent stays cached under a held child",
-        "node_store",
-        "            revived.append(above)\n            above = above.parent\n",
-        "            revived.append(above)\n            above = None\n",
-    ),
-    Mutation(
         "a tail takes the wrong blocks along",
         "node_store",
         "tail.blocks = node.blocks[first : ",

@@ -11,7 +11,7 @@ from tests.engine.mutations import MUTATIONS, Mutation
 from tests.engine.test_tree_model import TreeMachine
 
 QUICK = settings(
-    max_examples=400,
+    max_examples=800,
     stateful_step_count=40,
     derandomize=True,
     database=None,
