@@ -130,10 +130,7 @@ def test_command_names_an_unknown_model() -> None:
 
 @pytest.mark.timeout(1800)
 def test_real_model_is_exact(real_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default model decodes the tokens of plain Transformers, cold, forked, in company and from the cache.
-
-    The command takes 64 tokens of longer prompts as well, three set-ups, and minutes.
-    """
+    """On short prompts of every kind: the command takes longer ones too, more tokens, three set-ups, and minutes."""
 
     def short(tokenizer: Tokenizer, *, room: int, has_template: bool) -> list[Prompt]:
         prompts = make_prompts(tokenizer, room=room, has_template=has_template)
