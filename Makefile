@@ -37,7 +37,7 @@ test: setup ## run all tests, those on the real model too
 	@echo "==> Fetching $(MODEL), the model that the tests run (93 MB the first time)"
 	@$(BIN)/dendrite models fetch $(MODEL)
 	@echo "==> Running the tests; what is skipped is listed at the end, with the reason"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 check: setup ## everything CI checks besides the tests
 	@echo "==> ruff: rules and formatting"

@@ -10,6 +10,9 @@ from hypothesis import settings
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, by whomever
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; so do their threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is first imported
+
 settings.register_profile("house", deadline=None, print_blob=True)  # a busy machine is not a failure
 settings.load_profile("house")
 
