@@ -182,6 +182,7 @@ class EngineConfig(_Settings):
     seed: int = Field(0, description="give a whole number")
     deterministic: bool = Field(False, description="give True or False")
     integrity: Integrity = Field("off", description='give "off", "canary" or "checksum"')
+    """What is checked of the K/V that steps read; see `engine/integrity.py`."""
     prefill_chunk: int | None = Field(None, ge=1, description="give a whole number of tokens, 1 or more, or None")
     """Most prompt tokens computed in one step, so that a long prompt does not stall branches that decode; None is what
     suits the device."""
@@ -247,11 +248,4 @@ class EngineConfig(_Settings):
     def _determinism_later(cls, value: bool) -> bool:
         if value:
             raise ValueError(f"deterministic mode {_LATER}, leave it False")
-        return value
-
-    @field_validator("integrity")
-    @classmethod
-    def _checks_later(cls, value: Integrity) -> Integrity:
-        if value != "off":
-            raise ValueError(f'this check {_LATER}, use "off"')
         return value

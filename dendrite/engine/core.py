@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dendrite.engine.archive import Archive, Entry
 from dendrite.engine.blocks import BlockPool
@@ -25,7 +25,10 @@ from dendrite.engine.errors import (
 )
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.grammars import Grammars, Guide
+from dendrite.engine.guarded_pool import GuardedPool
 from dendrite.engine.head import Head
+from dendrite.engine.ids import BlockId
+from dendrite.engine.integrity import Guard
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.nodes import Tip
@@ -63,14 +66,30 @@ class Core:
             disk_bytes=config.swap_disk,
             folder=config.swap_folder,
         )
-        self._tree = KVTree(BlockPool(runner.num_blocks + 1, runner.block_size), drop_stored=self.swap.drop)
+        pool = self._pool(config, runner.num_blocks + 1, runner.block_size)
+        self._tree = KVTree(pool, drop_stored=self.swap.drop)
+        self._guard: Guard | None = None
+        if isinstance(pool, GuardedPool):
+            self._guard = Guard(self._tree, pool, self.swap, has_sums=config.integrity == "checksum")
         self._archive = Archive(self._tree, self.swap, runner.fingerprint)
         self._fingerprint = runner.fingerprint
         scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk or runner.prefill_chunk)
-        self.loop = StepLoop(runner, head, self._tree, scheduler)
+        self.loop = StepLoop(runner, head, self._tree, scheduler, self._guard)
         self._lock = self.loop.lock
         self._seed = config.seed
         self._root_numbers = itertools.count()
+
+    def _pool(self, config: EngineConfig, num_blocks: int, block_size: int) -> BlockPool:
+        if config.integrity == "off":
+            return BlockPool(num_blocks, block_size)
+        return GuardedPool(num_blocks, block_size, on_fault=self._on_fault)
+
+    def _on_fault(self, block: BlockId, why: str) -> NoReturn:
+        """A block is not its holder's: whatever the tree says now cannot be trusted any more."""
+        assert self._guard is not None
+        error = self._guard.fault(block, why)
+        self.loop.condemn(error)
+        raise error
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
@@ -164,7 +183,7 @@ class Core:
                 self.loop.cancel_branch(tip)
             if tip.status != "pruned":
                 tip.status = next_status(tip.status, "prune")
-                self._tree.prune(tip)
+                self.loop.release(tip)
 
     def _extend(self, record: BranchRecord, tokens: list[int], *, keep: int) -> None:
         """Cuts the path to its first `keep` tokens and appends; the lock is held."""
@@ -238,6 +257,7 @@ class Core:
         """Asserts every invariant of tree and pool."""
         with self._lock:
             self.loop.release_collected()
+            self.loop.check_blocks()
             self._tree.check_integrity()
 
     def describe_blocks(self) -> str:

@@ -132,6 +132,11 @@ class _LaunchedMover(PoolMover):
         with torch.inference_mode(), self._launcher.launching():
             super().load(saved, slots)
 
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        """See `PoolMover.digests`; waits for the steps in flight."""
+        with torch.inference_mode(), self._launcher.launching():
+            return super().digests(block_ids)
+
     def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
         """See `PoolMover.copy_blocks`."""
         with torch.inference_mode(), self._launcher.launching():

@@ -92,7 +92,8 @@ class Engine:
             block_size: tokens in a block.
             seed: roots without a seed of their own draw from this one, in the order they are made.
             deterministic: comes later; leave it False.
-            integrity: comes later; leave it "off".
+            integrity: "canary" checks with each step that every block it uses is its branch's own; "checksum" also
+                looks at a sample of the K/V that is read. What is wrong raises `IntegrityError`. "off" costs nothing.
 
         Raises:
             RequestError: a setting out of range.
@@ -347,7 +348,11 @@ class Engine:
         self.core.clear_cache()
 
     def check_integrity(self) -> None:
-        """Asserts every invariant of tree and pool: reference counts, reach of tokens, free + cached + used = total."""
+        """Asserts every invariant of tree and pool: reference counts, reach of tokens, free + cached + used = total.
+
+        Raises:
+            IntegrityError: with `integrity` on, a block that is not its branch's own, or whose K/V has changed.
+        """
         self.core.check_integrity()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@
         │   └── SnapshotMismatch             written for another model
         ├── CallbackError    (RuntimeError)  a user's function in a search raised or returned nonsense
         ├── EngineClosed     (RuntimeError)  the engine was closed
+        ├── IntegrityError   (RuntimeError)  K/V or its bookkeeping is not what it should be (`integrity=`)
         ├── StepFailed       (RuntimeError)  a step failed and the calls in it with it; the engine goes on
         └── EngineDead       (RuntimeError)  the step loop died of an error of its own
 
@@ -104,6 +105,27 @@ class StepFailed(EngineError, RuntimeError):
 
     The engine goes on, so the next call may well work. The cause is chained.
     """
+
+
+class IntegrityError(EngineError, RuntimeError):
+    """A block of K/V is not what its branch believes; see `integrity=` of `Engine.load`.
+
+    Attributes:
+        branch: which branch reads the block, in words.
+        node: the run of tokens that holds it; None if none does.
+        block: its number.
+        is_fatal: bookkeeping is wrong, so the engine is dead. Otherwise one block's K/V was damaged: the call failed,
+            its branches are as they were, the K/V was dropped and will be computed again, and the engine goes on.
+    """
+
+    def __init__(self, why: str, *, branch: str, node: int | None, block: int, is_fatal: bool) -> None:
+        where = f"block {block} of node {node}, which {branch} reads," if node is not None else f"block {block}"
+        advice = "load a new engine" if is_fatal else "try again, and check the machine's memory if it happens again"
+        super().__init__(f"{where} {why}: {advice}")
+        self.branch = branch
+        self.node = node
+        self.block = block
+        self.is_fatal = is_fatal
 
 
 class EngineDead(EngineError, RuntimeError):

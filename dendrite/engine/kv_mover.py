@@ -45,6 +45,10 @@ class PoolMover:
         """Copy whole blocks of all layers."""
         self._pool.copy_blocks(copies)
 
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        """The sum of each block's words, each times an odd number of its own: a changed word changes the sum."""
+        return self._pool.digests(block_ids)
+
     def write(self, saved: object, path: Path) -> None:
         """Write a copy to a safetensors file."""
         assert isinstance(saved, Tensor)

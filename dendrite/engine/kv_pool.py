@@ -44,6 +44,7 @@ class KVPool:
         """One view per layer, [2, num_kv_heads, num_slots, head_dim]; made once because views cost time in a step."""
         self.layer_blocks: tuple[Tensor, ...] = tuple(self.data.view(*shape[:3], num_blocks + 1, -1))
         """The same memory by block: [2, num_kv_heads, num_blocks + 1, block_size * head_dim]."""
+        self._factors: Tensor | None = None  # of `digests`, made when somebody asks
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Keep the K/V of the step's rows.
@@ -68,6 +69,28 @@ class KVPool:
             return
         blocks = self.data.unflatten(3, (self.num_blocks + 1, self.block_size))
         blocks.index_copy_(3, destinations, blocks.index_select(3, sources))
+
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        """A sum over each block's K/V of all layers, modulo 2**64: each word times an odd number of its own.
+
+        An odd factor is invertible, so that no change of one word goes unnoticed.
+        """
+        words = _as_words(self.data.view(*self.data.shape[:3], self.num_blocks + 1, -1))
+        factors = self._factors
+        if factors is None:
+            shape = (*words.shape[:3], 1, words.shape[4])
+            drawn = torch.randint(1 << 62, shape, generator=torch.Generator().manual_seed(0))
+            factors = self._factors = (2 * drawn + 1).to(self.data.device)
+        chosen = words.index_select(3, torch.tensor(block_ids, dtype=torch.int64, device=self.data.device))
+        sums: list[int] = (chosen * factors).sum((0, 1, 2, 4)).tolist()
+        return sums
+
+
+def _as_words(data: Tensor) -> Tensor:
+    """The same memory as the widest whole numbers that the last dimension divides into."""
+    num_bytes = data.shape[-1] * data.dtype.itemsize
+    widest = next(kind for kind in (torch.int64, torch.int32, torch.int16) if num_bytes % kind.itemsize == 0)
+    return data.view(widest)
 
 
 def num_blocks_for(

@@ -29,12 +29,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError, StepFailed
+from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError, IntegrityError, StepFailed
 from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
+from dendrite.engine.ids import NodeId
+from dendrite.engine.integrity import Guard
 from dendrite.engine.masks import Masks
-from dendrite.engine.nodes import Tip
+from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import MAX_DRAWN, Runner
@@ -51,13 +53,17 @@ _LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "
 class StepLoop:
     """Runs whatever was submitted until it is stopped. `lock` guards `tree`, `scheduler` and `counters`."""
 
-    def __init__(self, runner: Runner, head: Head, tree: KVTree, scheduler: Scheduler) -> None:
+    def __init__(
+        self, runner: Runner, head: Head, tree: KVTree, scheduler: Scheduler, guard: Guard | None = None
+    ) -> None:
         self.lock = threading.RLock()
         self.tree = tree
         self.scheduler = scheduler
         self.counters = Counters()
         self._runner = runner
         self._head = head
+        self._guard = guard
+        self._fault: IntegrityError | None = None
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
         self._in_step: Step | None = None
         self._wake = threading.Condition(self.lock)
@@ -109,7 +115,36 @@ class StepLoop:
             tip = self._collected.popleft()
             if tip.status != "pruned":
                 tip.status = "pruned"
-                self.tree.prune(tip)
+                self.release(tip)
+
+    def release(self, tip: Tip) -> None:
+        """Gives back what a tip holds, unless the tree cannot be trusted any more; the lock is held."""
+        if self._fault is None:
+            self.tree.prune(tip)
+
+    def condemn(self, error: IntegrityError) -> None:
+        """Ends the engine, because what the tree says cannot be trusted any more; the lock is held."""
+        self._fault = self._fault or error
+        self._end = self._end or _dead_of(self._fault)
+        self._wake.notify()
+
+    def check_blocks(self) -> None:
+        """Looks at every block, where the engine has a guard; the lock is held.
+
+        Raises:
+            IntegrityError: the first that is wrong.
+        """
+        if self._guard is None or self._fault is not None:
+            return
+        try:
+            damaged = self._guard.check_all()
+        except IntegrityError as error:
+            self.condemn(error)
+            raise
+        for each in damaged:
+            self._drop_damaged(each)
+        if damaged:
+            raise damaged[0]
 
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
@@ -138,12 +173,13 @@ class StepLoop:
                     self._flights.clear()  # nobody waits for what is left
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             with self.lock:
-                self._end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
-                self._end.__cause__ = error
+                if isinstance(error, IntegrityError):
+                    self._fault = error
+                self._end = _dead_of(error)
         self._head.close()
         with self.lock:
             for group in self.scheduler.open_groups():
-                self._end_group(group, self._end)
+                self._abandon(group)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -155,8 +191,8 @@ class StepLoop:
         """One step. If it fails for a reason of its own (memory, a kernel, a callback), the engine goes on after it."""
         try:
             self._step()
-        except AssertionError:
-            raise  # a bug of ours: what the tree says can't be trusted any more
+        except (AssertionError, IntegrityError):
+            raise  # what the tree says can't be trusted any more
         except Exception as error:
             if self._in_step is None or isinstance(error, _LOST_DEVICE):
                 raise
@@ -188,7 +224,11 @@ class StepLoop:
             self.release_collected()
             step = self.scheduler.schedule()
             self._fail(step)
+            if self._guard is not None:
+                self._guard.check(step)
         self._in_step = step
+        if self._guard is not None:
+            self._end_damaged(self._guard)
         masks = self._head.prepare(step.reads)
         hidden = self._run(step)
         num_ahead = self._launch_reads(step, hidden, masks)
@@ -204,7 +244,23 @@ class StepLoop:
         hidden = self._runner.run(step.batch, drawn)
         with self.lock:
             self.scheduler.commit(step, hidden)
+        if self._guard is not None:
+            self._guard.keep_sums(step)
         return hidden
+
+    def _end_damaged(self, guard: Guard) -> None:
+        """Ends the calls whose K/V has changed. The step runs without them: rows of ended requests are discarded."""
+        for error in guard.damaged():
+            with self.lock:
+                self._drop_damaged(error)
+
+    def _drop_damaged(self, error: IntegrityError) -> None:
+        assert self._guard is not None
+        nodes = self._guard.readers(error)
+        for group in self.scheduler.open_groups():
+            if any(request.is_running and nodes.intersection(_path_ids(request)) for request in group.requests):
+                self._end_group(group, error)
+        self._guard.discard(error)
 
     def _launch_reads(self, step: Step, hidden: Tensor | None, masks: Masks | None) -> int:
         """Starts the step's reads; returns how many steps may stay in flight."""
@@ -281,6 +337,17 @@ class StepLoop:
 
     # --- endings -----------------------------------------------------------------------------------------------
 
+    def _abandon(self, group: Group) -> None:
+        """The loop has ended: the call's waiters hear why, even if the tree is not what it should be."""
+        error = self._fault or self._end
+        try:
+            self._end_group(group, error)
+        except Exception:  # noqa: BLE001 - a broken tree is why the loop ended; the waiters come first
+            for request in group.requests:
+                if isinstance(request, GenerationRequest):
+                    request.close_sink()
+            group.resolve(error)
+
     def _settle(self, request: Request) -> None:
         """One request has ended as it should; the last of its group wakes the caller."""
         group = request.group
@@ -307,3 +374,20 @@ class StepLoop:
             group.resolve(error)
         else:
             group.future.cancel()
+
+
+def _dead_of(error: BaseException) -> EngineDead:
+    end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
+    end.__cause__ = error
+    return end
+
+
+def _path_ids(request: Request) -> set[NodeId]:
+    """The nodes on the paths of all that the request reads."""
+    found: set[NodeId] = set()
+    for tip in request.tips:
+        node: KVNode | None = tip.node
+        while node is not None and node.node_id not in found:
+            found.add(node.node_id)
+            node = node.parent
+    return found

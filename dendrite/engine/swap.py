@@ -40,6 +40,9 @@ class KVMover(Protocol):
     def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
         """Copies whole blocks, `(source, destination)`."""
 
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        """A number for each block that tells its K/V from any other with one bit changed."""
+
     def write(self, saved: object, path: Path) -> None:
         """Writes a copy to a file. Raises `OSError` where that is impossible."""
 

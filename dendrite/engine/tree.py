@@ -177,6 +177,10 @@ class KVTree:
         """The slot of each of the node's tokens `[first, last)`."""
         return [slot for begin, end in self.spans(node, first, last) for slot in range(begin, end)]
 
+    def has_stale_spans(self, node: KVNode) -> bool:
+        """Whether `spans` would answer from blocks that are not the node's any more."""
+        return node.spans is not None and node.spans != self._joined_blocks(node)
+
     # --- blocks ------------------------------------------------------------------------------------------------
 
     def place(self, node: KVNode, last: int) -> list[tuple[BlockId, BlockId]]:

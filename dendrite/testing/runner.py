@@ -114,6 +114,12 @@ class ScriptedMover:
             for slots in (self._runner.tokens, self._runner.positions):
                 slots[destination * size : (destination + 1) * size] = slots[source * size : (source + 1) * size]
 
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        """A hash of each block's tokens and positions."""
+        size = self._runner.block_size
+        slots = [slice(block * size, (block + 1) * size) for block in block_ids]
+        return [hash((tuple(self._runner.tokens[part]), tuple(self._runner.positions[part]))) for part in slots]
+
     def write(self, saved: object, path: Path) -> None:
         """As JSON."""
         assert isinstance(saved, Tensor)

@@ -26,6 +26,7 @@ def scripted_engine(
     seed: int = 0,
     swap_memory: int | None = None,
     swap_disk: int = 0,
+    integrity: str = "off",
 ) -> Engine:
     r"""A real engine whose model follows a script, a byte a token, and then ends its text.
 
@@ -47,6 +48,7 @@ def scripted_engine(
         seed: of roots without one of their own.
         swap_memory: bytes for what is moved out of the pool, 8 a token; None is four pools.
         swap_disk: bytes of files for what does not fit there.
+        integrity: as for `Engine.load`.
     """
     from dendrite.engine.config import EngineConfig  # noqa: PLC0415 - with the engine comes torch
     from dendrite.engine.engine import Engine  # noqa: PLC0415
@@ -57,5 +59,7 @@ def scripted_engine(
     return Engine(
         runner,
         ByteTokenizer(),
-        EngineConfig.of(block_size=block_size, seed=seed, swap_memory=swap_memory, swap_disk=swap_disk),
+        EngineConfig.of(
+            block_size=block_size, seed=seed, swap_memory=swap_memory, swap_disk=swap_disk, integrity=integrity
+        ),
     )

@@ -31,6 +31,9 @@ class ListMover:
                 source * self._size : (source + 1) * self._size
             ]
 
+    def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
+        return [hash(tuple(self.memory[block * self._size : (block + 1) * self._size])) for block in block_ids]
+
     def settle(self) -> None:
         """Nothing runs behind."""
 
