@@ -82,9 +82,10 @@ def test_shape_gives_its_memory_back() -> None:
     """A peer that starts after this engine finds the GPU as it was."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    with Subject(shape="tiny", device="cuda", kv_memory="64MB").engine() as engine:
+    with Subject(shape="tiny", device="cuda", kv_memory="1GB").engine() as engine:
         root = engine.root(token_ids=list(range(10, 50)))
         root.generate(max_tokens=4, temperature=0.8, ignore_eos=True)
-        assert torch.cuda.memory_reserved() >= before + 64_000_000
+        assert torch.cuda.memory_reserved() >= before + 1_000_000_000
         del root
-    assert torch.cuda.memory_reserved() < before + 32_000_000
+    left = torch.cuda.memory_reserved() - before
+    assert left < 300_000_000, "what PyTorch keeps for cuBLAS, about 32 MB a stream, and no more"

@@ -71,7 +71,7 @@ def tree_of_texts(engine: Engine, sampling: SamplingOptions) -> list[list[int]]:
     for branch in (*children, *grandchildren, *past, root):
         branch.prune()
     engine.check_integrity()
-    assert engine.stats().blocks_free == engine.stats().blocks_total
+    assert engine.stats().blocks_used == 0
     return found
 
 

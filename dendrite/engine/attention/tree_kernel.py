@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FLOOR = tl.constexpr(-1.0e30)
 """What a running maximum starts from: finite, so that a row that reads nothing yet never subtracts infinities."""
@@ -52,8 +53,14 @@ def attend_items(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Each program attends its items: one tile's rows, one K/V head, a stretch of the tile's blocks of keys."""
+    """Each program attends its items: one tile's rows, one K/V head, a stretch of the tile's blocks of keys.
+
+    What it reads of the work list was there before the kernel in front started: it reads ahead of waiting for it.
+    """
+    if PDL:
+        gdc_launch_dependents()
     starts = work + 8 + tl.program_id(0)
     items = work + 9 + tl.num_programs(0)
     strips = work + tl.load(work + 3)
@@ -65,13 +72,24 @@ def attend_items(
     offset = key % ENTRY_KEYS
     values_at = num_slots.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
     for index in range(tl.load(starts), tl.load(starts + 1)):
-        item = items + index * 12
+        item = items + index * 8
         row_start = tl.load(item)
         num_rows = tl.load(item + 1)
         head = tl.load(item + 2)
-        first_block = tl.load(item + 5)
-        last_block = tl.load(item + 6)
-        partial = tl.load(item + 9)
+        first_block = tl.load(item + 3)
+        last_block = tl.load(item + 4)
+        first_gather = tl.load(item + 5)
+        last_gather = tl.load(item + 6)
+        partial = tl.load(item + 7)
+        # Where blocks lie is read a block ahead, so that a block's loads do not wait for it.
+        strip = strips + first_block * 2
+        strip_slot = tl.load(strip, mask=first_block < last_block, other=0)
+        strip_readers = tl.load(strip + 1, mask=first_block < last_block, other=0)
+        entry = entries + (first_gather * (BLOCK_N // ENTRY_KEYS) + key // ENTRY_KEYS) * 2
+        place = tl.load(entry, mask=first_gather < last_gather, other=0)
+        readers = tl.load(entry + 1, mask=first_gather < last_gather, other=0)
+        if PDL:
+            gdc_wait()
         is_row = (row < num_rows) & (lane < GROUP * (BLOCK_M // GROUP))
         query_head = head * GROUP + lane % GROUP
         query_at = (row_start + row).to(tl.int64) * query_stride + query_head * HEAD_DIM
@@ -81,51 +99,36 @@ def attend_items(
         result = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         keys_of_head = pool + head.to(tl.int64) * num_slots * HEAD_DIM
 
-        for strip_index in range(tl.load(item + 3), tl.load(item + 4)):
-            strip = strips + strip_index * 4
-            strip_start = tl.load(strip)
-            begin = tl.maximum(first_block, strip_start)
-            end = tl.minimum(last_block, tl.load(strip + 4))
-            slot = tl.load(strip + 1) + (begin - strip_start) * BLOCK_N
-            is_seen = is_row & (row >= tl.load(strip + 2)) & (row < tl.load(strip + 3))
+        for block in tl.range(first_block, last_block, num_stages=STAGES):
+            slot = strip_slot
+            is_seen = is_row & (row >= (strip_readers & 255)) & (row < (strip_readers >> 8))
+            strip += tl.where(block + 1 < last_block, 2, 0)
+            strip_slot = tl.load(strip)
+            strip_readers = tl.load(strip + 1)
             if USE_TILES:
-                at = head * num_slots + slot
-                for _ in tl.range(begin, end, num_stages=STAGES):
-                    keys = pool_tiles.load([at, 0])
-                    scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-                    values = pool_tiles.load([at + NUM_KV_HEADS * num_slots, 0])
-                    top, total, result = _accumulate(scores, values, top, total, result, is_seen, scale, PRECISION)
-                    at += BLOCK_N
+                keys = pool_tiles.load([head * num_slots + slot, 0])
+                values = pool_tiles.load([(NUM_KV_HEADS + head) * num_slots + slot, 0])
             else:
                 at = keys_of_head + (slot + key).to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
-                for _ in tl.range(begin, end, num_stages=STAGES):
-                    keys = tl.load(at)
-                    scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-                    values = tl.load(at + values_at)
-                    top, total, result = _accumulate(scores, values, top, total, result, is_seen, scale, PRECISION)
-                    at += BLOCK_N * HEAD_DIM
+                keys = tl.load(at)
+                values = tl.load(at + values_at)
+            scores = tl.dot(queries, keys.T, input_precision=PRECISION)
+            top, total, result = _accumulate(scores, values, top, total, result, is_seen, scale, PRECISION)
 
-        first_gather = tl.load(item + 7)
-        last_gather = tl.load(item + 8)
-        if first_gather < last_gather:
-            # Entries are read a block ahead, so that a block's loads do not wait for them.
-            entry = entries + (first_gather * (BLOCK_N // ENTRY_KEYS) + key // ENTRY_KEYS) * 2
+        for block in tl.range(first_gather, last_gather, num_stages=STAGES):
+            slot = place // ENTRY_KEYS + tl.minimum(offset, place % ENTRY_KEYS)
+            low = ((readers >> 8) & 255) + (readers >> 24) * offset
+            high = tl.where(offset < (readers & 255), (readers >> 16) & 255, 0)
+            entry += tl.where(block + 1 < last_gather, BLOCK_N // ENTRY_KEYS * 2, 0)
             place = tl.load(entry)
             readers = tl.load(entry + 1)
-            for block in tl.range(first_gather, last_gather, num_stages=STAGES):
-                slot = place // ENTRY_KEYS + tl.minimum(offset, place % ENTRY_KEYS)
-                low = ((readers >> 8) & 255) + (readers >> 24) * offset
-                high = tl.where(offset < (readers & 255), (readers >> 16) & 255, 0)
-                entry += tl.where(block + 1 < last_gather, BLOCK_N // ENTRY_KEYS * 2, 0)
-                place = tl.load(entry)
-                readers = tl.load(entry + 1)
-                at = keys_of_head + slot.to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
-                keys = tl.load(at)
-                scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-                is_read = (row[:, None] >= low[None, :]) & (row[:, None] < high[None, :])
-                scores = tl.where(is_read, scores, float("-inf"))
-                values = tl.load(at + values_at)
-                top, total, result = _accumulate(scores, values, top, total, result, is_row, scale, PRECISION)
+            at = keys_of_head + slot.to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
+            keys = tl.load(at)
+            scores = tl.dot(queries, keys.T, input_precision=PRECISION)
+            is_read = (row[:, None] >= low[None, :]) & (row[:, None] < high[None, :])
+            scores = tl.where(is_read, scores, float("-inf"))
+            values = tl.load(at + values_at)
+            top, total, result = _accumulate(scores, values, top, total, result, is_row, scale, PRECISION)
 
         is_empty = total == 0.0
         total = tl.where(is_empty, 1.0, total)
@@ -153,8 +156,11 @@ def merge_partials(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (row, query head) merges the partial results of one row of one head, `WIDTH` at a time."""
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     query_head = tl.program_id(1)
     head = query_head // GROUP
@@ -164,6 +170,8 @@ def merge_partials(
         first = tl.load(pair)
         count = tl.load(pair + 1)
         lane = (row - tl.load(pair + 2)) * GROUP + query_head % GROUP
+        if PDL:
+            gdc_wait()
         if count > 1:
             column = tl.arange(0, HEAD_DIM)
             top = tl.full([1], FLOOR, tl.float32)

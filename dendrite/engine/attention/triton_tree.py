@@ -7,6 +7,7 @@ was captured with one plan replays with any other that fits the buffer.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,12 @@ from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dendrite.engine.attention.base import AttentionBackend
+from dendrite.engine.attention.forms import KernelConfig, form_for, forms_for
 from dendrite.engine.attention.tree_kernel import attend_items, merge_partials
 from dendrite.engine.attention.worklist import Tiling, WorkList, build
 from dendrite.engine.batch import Plan
 from dendrite.engine.errors import ModelError
+from dendrite.engine.kernels.launch import overlap
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.spec import ModelSpec
 
@@ -29,30 +32,13 @@ CAPACITY = 1 << 18
 """Numbers of the static buffer: 1 MiB, enough for half a million gathered keys."""
 ENTRY_KEYS = 8
 """Keys of an entry: short enough that single-token nodes waste little of a block."""
-MERGE_WIDTH = 32
+MERGE_WIDTH = 16
 """Partial results that are loaded at once."""
+MERGE_WARPS = 2
+"""So few that all programs of a step fit the device at once."""
 LOG2_E = 1.4426950408889634
 INTERPRETER_PROCESSORS = 3
 """What the interpreter pretends to have: few, so that tests are quick, and more than one, so that work is cut."""
-
-
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """One compiled form of the kernel."""
-
-    block_m: int
-    """Rows times group of a tile."""
-    block_n: int
-    """Keys of a block."""
-    num_warps: int
-    num_stages: int
-    programs_per_processor: int
-    use_tiles: bool = True
-    """Load whole blocks with the tensor memory accelerator."""
-
-
-HALF_PRECISION = KernelConfig(64, 64, num_warps=4, num_stages=3, programs_per_processor=2)
-FULL_PRECISION = KernelConfig(32, 32, num_warps=4, num_stages=2, programs_per_processor=2, use_tiles=False)
 
 
 class TritonTreeAttention(AttentionBackend):
@@ -71,30 +57,29 @@ class TritonTreeAttention(AttentionBackend):
             raise ModelError("the tree kernel numbers slots with 32 bits: give a smaller kv_memory")
         device = pool.data.device
         self._group = spec.num_heads // spec.num_kv_heads
-        self._config = config = config or (FULL_PRECISION if spec.dtype == "float32" else HALF_PRECISION)
-        self._tiling = Tiling(
-            num_programs=_num_processors(device) * config.programs_per_processor,
-            num_kv_heads=spec.num_kv_heads,
-            tile_rows=config.block_m // self._group,
-            block_keys=config.block_n,
-            entry_keys=min(ENTRY_KEYS, next_power_of_2(pool.block_size)),
-        )
-        num_lanes = 2 * self._tiling.num_programs * config.block_m  # a program begins and ends at most one cut pair
+        self._configs = (config,) if config is not None else forms_for(spec.dtype, self._group)
+        self._forms = [self._form(config, _num_processors(device)) for config in self._configs]
+        self._form_index = 0
+        num_lanes = max(form.num_lanes for form in self._forms)
         self._partials = torch.empty((num_lanes, spec.head_dim), dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(num_lanes, dtype=torch.float32, device=device)
         self._static_work = torch.zeros(CAPACITY, dtype=torch.int32, device=device)
         self._work = self._static_work
         self._staging = _Staging(device)
-        self._listed: tuple[Plan, WorkList] | None = None
-        self._descriptors = [_descriptor(layer, config) for layer in pool.layers]
+        self._listed: tuple[Plan, int, WorkList] | None = None
+
+    @property
+    def variant(self) -> Hashable:
+        """The form of the kernels that the prepared plan runs with."""
+        return self._form_index
 
     def can_capture(self, plan: Plan) -> bool:
         """Whether the plan's work list fits the static buffer."""
-        return self._work_list(plan).size <= CAPACITY
+        return self._work_list(plan)[1].size <= CAPACITY
 
     def prepare(self, plan: Plan) -> None:
         """Copy the plan's work list to the device; waits for nothing on the device."""
-        work = self._work_list(plan)
+        self._form_index, work = self._work_list(plan)
         self._work = self._static_work
         if work.size > CAPACITY:
             self._work = torch.empty(work.size, dtype=torch.int32, device=self._static_work.device)
@@ -102,15 +87,16 @@ class TritonTreeAttention(AttentionBackend):
 
     def run(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attend; see `AttentionBackend.run`. Rows beyond the plan's are left as they are."""
-        config, spec = self._config, self.spec
+        form, spec = self._forms[self._form_index], self.spec
+        config, tiling = form.config, form.tiling
         if query.stride(2) != 1 or query.stride(1) != spec.head_dim:
             query = query.contiguous()
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        attend_items[(self._tiling.num_programs,)](
+        attend_items[(tiling.num_programs,)](
             query,
             output,
             self.pool.layers[layer],
-            self._descriptors[layer],
+            form.descriptors[layer],
             self._partials,
             self._partial_lse,
             self._work,
@@ -122,11 +108,12 @@ class TritonTreeAttention(AttentionBackend):
             HEAD_DIM=spec.head_dim,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            ENTRY_KEYS=self._tiling.entry_keys,
+            ENTRY_KEYS=tiling.entry_keys,
             STAGES=config.num_stages,
             PRECISION="ieee" if spec.dtype == "float32" else "tf32",
             USE_TILES=config.use_tiles,
             num_warps=config.num_warps,
+            **overlap(query.device),
         )
         merge_partials[query.shape[0], spec.num_heads](
             output,
@@ -138,15 +125,43 @@ class TritonTreeAttention(AttentionBackend):
             HEAD_DIM=spec.head_dim,
             BLOCK_M=config.block_m,
             WIDTH=MERGE_WIDTH,
-            num_warps=4,
+            num_warps=MERGE_WARPS,
+            **overlap(query.device),
         )
         return output
 
-    def _work_list(self, plan: Plan) -> WorkList:
-        """Kept, since `can_capture` and `prepare` both ask."""
+    def _work_list(self, plan: Plan) -> tuple[int, WorkList]:
+        """The form that the plan runs with and its work; kept, since `can_capture` and `prepare` both ask."""
         if self._listed is None or self._listed[0] is not plan:
-            self._listed = (plan, build(plan, self._tiling))
-        return self._listed[1]
+            index = form_for(plan, self._configs, self._group)
+            self._listed = (plan, index, build(plan, self._forms[index].tiling))
+        return self._listed[1:]
+
+    def _form(self, config: KernelConfig, num_processors: int) -> _Form:
+        tiling = Tiling(
+            num_programs=num_processors * config.programs_per_processor,
+            num_kv_heads=self.spec.num_kv_heads,
+            tile_rows=config.block_m // self._group,
+            block_keys=config.block_n,
+            entry_keys=min(ENTRY_KEYS, next_power_of_2(self.pool.block_size)),
+            min_share=config.min_share,
+        )
+        return _Form(config, tiling, [_descriptor(layer, config) for layer in self.pool.layers])
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A form of the kernel with what it is given of this pool."""
+
+    config: KernelConfig
+    tiling: Tiling
+    descriptors: list[TensorDescriptor | None]
+    """Of each layer."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of partial results: a program begins and ends at most one cut pair."""
+        return 2 * self.tiling.num_programs * self.config.block_m
 
 
 class _Staging:

@@ -8,10 +8,10 @@ product. A tile reads the union of its rows' keys, each key once, in blocks of `
     tile 1  16..31  trunk [0, 8192)        leaves of rows 16..31
 
 A *strip* is a run of whole blocks of adjacent slots that a range of the tile's rows reads: no key of it needs a mask.
-All other keys are *gathered*: blocks of `block_keys // entry_keys` entries, each a few adjacent slots with the rows
-that read them, so that the short leaves of many rows fill one block and paged nodes need no copy. Where an entry has
-too few keys, its last one stands in for the missing, which no row reads: loads need no mask, and nothing unwritten is
-touched.
+It is listed block by block, so that the kernel's pipeline runs on from one strip into the next. All other keys are
+*gathered*: blocks of `block_keys // entry_keys` entries, each a few adjacent slots with the rows that read them, so
+that the short leaves of many rows fill one block and paged nodes need no copy. Where an entry has too few keys, its
+last one stands in for the missing, which no row reads: loads need no mask, and nothing unwritten is touched.
 
 The blocks of all (tile, K/V head) pairs, one after the other, are a line that is cut into equal shares, one for each
 program, as Stream-K does with matrix products (Osama et al., PPoPP 2023). What a program does of one pair is an item.
@@ -25,16 +25,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dendrite.engine.attention.runs import Ints, Runs, bounds_of, cut_rows, ranges_of, runs_of, segments_of
+from dendrite.engine.attention.runs import Ints, Runs, bounds_of, cut_rows, ranges_of, runs_of, segments_of, steps_of
 from dendrite.engine.batch import Plan
 
 Packed = NDArray[np.int32]
 
-ITEM_FIELDS = 12
-"""Numbers of an item: row_start, num_rows, head, first_strip, last_strip, first and last strip block, first and last
-gathered block, slot of its partial result (-1: none), two unused."""
-STRIP_FIELDS = 4
-"""Numbers of a strip: its first block on the line of all strips' blocks, slot of its first key, first and last row."""
+ITEM_FIELDS = 8
+"""Numbers of an item: row_start, num_rows, head, first and last strip block, first and last gathered block, slot of its
+partial result (-1: none)."""
+STRIP_FIELDS = 2
+"""Numbers of a strip's block: slot of its first key; the rows that read it, first + (last << 8)."""
 ENTRY_FIELDS = 2
 """Numbers of an entry: slot of its first key times `entry_keys` plus how many keys follow it; the rows that read them,
 packed by `_readers`."""
@@ -61,8 +61,8 @@ class Tiling:
     """Keys of one block."""
     entry_keys: int
     """Most keys of an entry; divides `block_keys`."""
-    min_strip_blocks: int = 8
-    """Shorter runs of adjacent slots are gathered: the kernel's pipeline starts anew with every strip."""
+    min_strip_blocks: int = 1
+    """Shorter runs of adjacent slots are gathered."""
     min_share: int = 2
     """Fewest blocks a program is given, if it is given any: smaller shares cost more to merge than they save."""
 
@@ -77,7 +77,7 @@ class WorkList:
     starts: Packed
     """[num_programs + 1]: the items of program p are `[starts[p], starts[p + 1])`."""
     strips: Packed
-    """[num_strips + 1, STRIP_FIELDS]; the last one only ends the one before."""
+    """[num_strip_blocks, STRIP_FIELDS]"""
     entries: Packed
     """[num_gathered_blocks * block_keys // entry_keys, ENTRY_FIELDS]"""
     row_tiles: Packed
@@ -111,17 +111,16 @@ def build(plan: Plan, tiling: Tiling) -> WorkList:
     runs, num_tiles = runs_of(segments, bounds), len(bounds) - 1
     is_strip = (runs.is_causal == 0) & (runs.length >= tiling.min_strip_blocks * tiling.block_keys)
     strips, rest = _split_strips(runs, is_strip, tiling.block_keys)
-    strip_starts = bounds_of(strips.length // tiling.block_keys)
     strip_bounds = bounds_of(np.bincount(strips.tile, strips.length // tiling.block_keys, num_tiles))
     entries, gather_bounds = _entries(rest, num_tiles, tiling)
     line = _Line(tiling, bounds, strip_bounds, gather_bounds)
     return WorkList(
         num_rows=plan.num_rows,
-        items=line.items(strip_starts),
+        items=line.items(),
         starts=line.starts,
-        strips=_strips(strips, strip_starts),
+        strips=_strips(strips, tiling.block_keys),
         entries=entries,
-        row_tiles=np.repeat(np.arange(num_tiles, dtype=np.int32), np.diff(bounds)),
+        row_tiles=np.repeat(np.arange(num_tiles, dtype=np.int32), steps_of(bounds)),
         pairs=line.pairs(),
         num_partials=line.num_partials,
     )
@@ -137,10 +136,11 @@ def _split_strips(runs: Runs, is_strip: NDArray[np.bool_], block_keys: int) -> t
     return strips, rest[rest.length > 0]
 
 
-def _strips(strips: Runs, starts: Ints) -> Packed:
-    packed = np.zeros((len(starts), STRIP_FIELDS), np.int32)
-    packed[:, 0] = starts
-    packed[:-1, 1], packed[:-1, 2], packed[:-1, 3] = strips.slot, strips.low, strips.high
+def _strips(strips: Runs, block_keys: int) -> Packed:
+    counts = strips.length // block_keys
+    packed = np.empty((int(counts.sum()), STRIP_FIELDS), np.int32)
+    packed[:, 0] = strips.slot.repeat(counts) + ranges_of(counts) * block_keys
+    packed[:, 1] = np.repeat(strips.low | strips.high << 8, counts)
     return packed
 
 
@@ -177,21 +177,21 @@ class _Line:
         heads = tiling.num_kv_heads
         self._heads, self._bounds = heads, bounds
         self._strips, self._gathers = strip_bounds, gather_bounds
-        self._pair_starts = bounds_of(np.repeat(np.diff(strip_bounds) + np.diff(gather_bounds), heads))
+        self._pair_starts = bounds_of(np.repeat(steps_of(strip_bounds) + steps_of(gather_bounds), heads))
         cuts = self._cuts(tiling)
         self._item_starts = np.unique(np.concatenate((cuts, self._pair_starts)))
         self._pair = np.searchsorted(self._pair_starts, self._item_starts[:-1], side="right") - 1
         self._per_pair = np.bincount(self._pair, minlength=len(self._pair_starts) - 1)
         is_partial = self._per_pair[self._pair] > 1
         self.num_partials = int(is_partial.sum())
-        self._partial = np.where(is_partial, np.cumsum(is_partial) - 1, -1)
+        self._partial = np.where(is_partial, is_partial.cumsum() - 1, -1)
         self.starts = np.full(tiling.num_programs + 1, len(self._pair), np.int32)
         self.starts[: len(cuts)] = np.searchsorted(self._item_starts, cuts)
 
     def _cuts(self, tiling: Tiling) -> Ints:
         """Where the programs' shares begin and end, in blocks: [num_shares + 1]."""
-        num_strips = np.repeat(np.diff(self._strips), self._heads)
-        num_gathers = np.repeat(np.diff(self._gathers), self._heads)
+        num_strips = np.repeat(steps_of(self._strips), self._heads)
+        num_gathers = np.repeat(steps_of(self._gathers), self._heads)
         costs = bounds_of(STRIP_COST * num_strips + GATHER_COST * num_gathers)
         total = int(costs[-1])
         shares = max(1, min(tiling.num_programs, total // (STRIP_COST * tiling.min_share)))
@@ -207,26 +207,21 @@ class _Line:
         cut: Ints = self._pair_starts[pair] + in_strips + in_gathers
         return cut
 
-    def items(self, strip_starts: Ints) -> Packed:
-        """[num_items, ITEM_FIELDS]; `strip_starts` [num_strips + 1] is each strip's first block of all strips'."""
+    def items(self) -> Packed:
+        """[num_items, ITEM_FIELDS]."""
         tile = self._pair // self._heads
         first = self._item_starts[:-1] - self._pair_starts[self._pair]
         last = self._item_starts[1:] - self._pair_starts[self._pair]
-        strip_base, num_strip_blocks = self._strips[tile], np.diff(self._strips)[tile]
-        first_block, last_block = (strip_base + np.minimum(at, num_strip_blocks) for at in (first, last))
-        gather_base = self._gathers[tile]
-        items = np.zeros((len(tile), ITEM_FIELDS), np.int32)
+        num_strips = steps_of(self._strips)[tile]
+        items = np.empty((len(tile), ITEM_FIELDS), np.int32)
         items[:, 0] = self._bounds[tile]
-        items[:, 1] = np.diff(self._bounds)[tile]
+        items[:, 1] = steps_of(self._bounds)[tile]
         items[:, 2] = self._pair % self._heads
-        items[:, 3] = np.searchsorted(strip_starts, first_block, side="right") - 1
-        items[:, 4] = np.where(
-            first_block < last_block, np.searchsorted(strip_starts, last_block, side="left"), items[:, 3]
-        )
-        items[:, 5], items[:, 6] = first_block, last_block
-        items[:, 7] = gather_base + np.maximum(first - num_strip_blocks, 0)
-        items[:, 8] = gather_base + np.maximum(last - num_strip_blocks, 0)
-        items[:, 9] = self._partial
+        items[:, 3] = self._strips[tile] + np.minimum(first, num_strips)
+        items[:, 4] = self._strips[tile] + np.minimum(last, num_strips)
+        items[:, 5] = self._gathers[tile] + np.maximum(first - num_strips, 0)
+        items[:, 6] = self._gathers[tile] + np.maximum(last - num_strips, 0)
+        items[:, 7] = self._partial
         return items
 
     def pairs(self) -> Packed:

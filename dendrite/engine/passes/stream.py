@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.kernels.activation import silu_mul
-from dendrite.engine.kernels.linear import Fusion, Tiling, few_rows_linear
+from dendrite.engine.kernels.linear import NO_FUSION, Fusion, Tiling, one_row_linear
 from dendrite.engine.kernels.norm import add_rms_norm
-from dendrite.engine.kernels.tilings import bucket_of
 from dendrite.engine.passes.linear import biases_of
 
 
@@ -44,8 +43,8 @@ class Norm:
 class Projection:
     """Linear layers over one input as one product: `x @ weight.T + bias`, their outputs side by side.
 
-    Where it has tilings, few rows go through kernels that also do what stands beside the product; all else goes through
-    the BLAS, with a kernel each for the rest.
+    Where it has a tiling, one row goes through a kernel that also does what stands beside the product; all else goes
+    through the BLAS, with a kernel each for the rest.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], *, is_gated: bool = False) -> None:
@@ -55,46 +54,33 @@ class Projection:
         self.bias = torch.cat(biases).detach() if biases else None
         self.is_gated = is_gated
         """Whether it is a gate's and an up projection, used by `gated` alone."""
-        self.tilings: dict[int, Tiling] = {}
-        """How to cut it, by bucket of rows; the BLAS has the buckets that are not there."""
-
-    def of(self, x: Tensor) -> Tensor:
-        """[num_rows, depth] -> [num_rows, width]."""
-        tiling = self._tiling(x)
-        if tiling is None:
-            return F.linear(x, self.weight, self.bias)
-        return few_rows_linear(x, self.weight, self.bias, tiling)
+        self.tiling: Tiling | None = None
+        """How to cut it for one row; None for the BLAS."""
 
     def of_normed(self, stream: Stream, norm: Norm) -> Tensor:
-        """The product over the normed stream."""
-        tiling = self._tiling(stream.residual)
-        if tiling is None or not _can_norm(stream):
-            return self.of(norm(stream))
-        fusion = Fusion(norm=(norm.weight, norm.epsilon))
-        return few_rows_linear(stream.residual, self.weight, self.bias, tiling, fusion)
+        """The product over the normed stream: [num_rows, width]."""
+        if (tiling := self._tiling(stream.residual)) is None:
+            return F.linear(norm(stream), self.weight, self.bias)
+        return self._with_norm(stream, norm, tiling, is_gated=False)
 
     def gated(self, stream: Stream, norm: Norm) -> Tensor:
         """`silu(gate) * up` of the normed stream, for a gate and an up projection: [num_rows, width / 2]."""
-        tiling = self._tiling(stream.residual)
-        if tiling is None:
+        if (tiling := self._tiling(stream.residual)) is None:
             return silu_mul(F.linear(norm(stream), self.weight, self.bias))
-        inside = (norm.weight, norm.epsilon) if _can_norm(stream) else None
-        x = stream.residual if inside is not None else norm(stream)
-        return few_rows_linear(x, self.weight, self.bias, tiling, Fusion(norm=inside, is_gated=True))
+        return self._with_norm(stream, norm, tiling, is_gated=True)
 
     def add_to(self, stream: Stream, x: Tensor) -> None:
         """Add the product over x to the stream, now or with what comes next."""
-        tiling = self._tiling(x)
-        if tiling is None:
+        if (tiling := self._tiling(x)) is None:
             stream.delta = F.linear(x, self.weight, self.bias)
         else:
-            few_rows_linear(x, self.weight, self.bias, tiling, Fusion(residual=stream.residual))
+            one_row_linear(x, self.weight, self.bias, tiling, Fusion(residual=stream.residual))
+
+    def _with_norm(self, stream: Stream, norm: Norm, tiling: Tiling, *, is_gated: bool) -> Tensor:
+        if stream.delta is not None:  # still to be added, which the kernel of the norm does along with it
+            return one_row_linear(norm(stream), self.weight, self.bias, tiling, replace(NO_FUSION, is_gated=is_gated))
+        fusion = Fusion(norm=(norm.weight, norm.epsilon), is_gated=is_gated)
+        return one_row_linear(stream.residual, self.weight, self.bias, tiling, fusion)
 
     def _tiling(self, x: Tensor) -> Tiling | None:
-        bucket = bucket_of(len(x))
-        return None if bucket is None else self.tilings.get(bucket)
-
-
-def _can_norm(stream: Stream) -> bool:
-    """Whether the kernel of the product can do the norm as well."""
-    return len(stream.residual) == 1 and stream.delta is None
+        return self.tiling if len(x) == 1 else None

@@ -1,7 +1,8 @@
-"""Chooses, by measuring, what the products of a fused model's layers go through: the BLAS or kernels for few rows.
+"""Chooses, by measuring, what a lone row's products go through: the BLAS or a kernel of our own, each for itself.
 
-    1 row         BLAS ── first tilings ── second tilings      all layers' products, norms and activations, as one graph
-    2 to 16 rows  BLAS ── first tilings ── second tilings      the shortest time wins; what cannot be compiled is out
+    q|k|v    BLAS ── tiling ── tiling ── ...      the products, norms and activations of all layers as one graph;
+    out      BLAS ── tiling ── tiling ── ...      what makes it faster is kept before the next product is looked at
+    ...
 
 It runs when a model is loaded, over the model's own weights, so that no cache holds them; nothing is kept for the next
 load but the kernels, which Triton keeps. What computes something else than the BLAS is never chosen.
@@ -9,7 +10,8 @@ load but the kernels, which Triton keeps. What computes something else than the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,12 +19,13 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from dendrite.engine.kernels.linear import Tiling
-from dendrite.engine.kernels.tilings import FEW, tilings_for
 from dendrite.engine.passes.stream import Projection, Stream
 
-BUCKETS = (1, FEW)
-MARGIN = 0.97
-"""A tiling must take less than this part of the BLAS's time, so that noise does not decide between equals."""
+TILINGS = (Tiling(2, 1024, num_warps=2), Tiling(4, 2048, num_warps=8), Tiling(1, 4096, num_warps=4))
+"""Ways to cut a product, the fastest for one of those of an 8B shape on an H200 each."""
+SHORTEST_BLOCK = 64
+MARGIN = 0.997
+"""What a tiling must at least bring all layers' time down to, so that noise does not decide between equals."""
 TOLERANCE = 0.02
 """How far the stream may be off the BLAS's after a layer, as a part of its length, in half precision."""
 REPLAYS = 5
@@ -41,7 +44,7 @@ class Layer(Protocol):
 
 @torch.inference_mode()
 def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[[], object]], float]) -> None:
-    """Set each projection's tilings to the fastest, one choice a bucket for all layers.
+    """Set each projection's tiling to the fastest, the same in all layers.
 
     float32 stays with the BLAS, whose sums are the reference.
 
@@ -53,27 +56,31 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
     weight = layers[0].projections[0].weight
     if weight.dtype == torch.float32:
         return
-    for bucket in BUCKETS:
-        given = torch.randn((bucket, hidden_size), dtype=weight.dtype, device=weight.device)
-        _tune_bucket(layers, bucket, given, measure)
-
-
-def _tune_bucket(
-    layers: Sequence[Layer], bucket: int, given: Tensor, measure: Callable[[Callable[[], object]], float]
-) -> None:
+    given = torch.randn((1, hidden_size), dtype=weight.dtype, device=weight.device)
     expected = _run(layers[:1], given)
-    best, shortest = {}, MARGIN * measure(lambda: _run(layers, given))
-    for tilings in _candidates(layers[0], bucket):
-        _set(layers, bucket, tilings)
-        try:
-            if not _is_close(_run(layers[:1], given), expected):
+    shortest = measure(lambda: _run(layers, given))
+    for index, projection in enumerate(layers[0].projections):
+        best = None
+        for tiling in tilings_for(projection.weight.shape[1]):
+            _set(layers, index, tiling)
+            try:
+                if not _is_close(_run(layers[:1], given), expected):
+                    continue
+                seconds = measure(lambda: _run(layers, given))
+            except (TritonError, RuntimeError):  # made for a larger device, or for another version of the compiler
                 continue
-            seconds = measure(lambda: _run(layers, given))
-        except (TritonError, RuntimeError):  # made for a larger device, or for another version of the compiler
-            continue
-        if seconds < shortest:
-            best, shortest = tilings, seconds
-    _set(layers, bucket, best)
+            if seconds < MARGIN * shortest:
+                best, shortest = tiling, seconds
+        _set(layers, index, best)
+
+
+def tilings_for(depth: int) -> list[Tiling]:
+    """Ways to cut a product over `depth` inputs; none where blocks would be too short."""
+    longest = depth & -depth  # the largest power of two that divides it
+    if longest < SHORTEST_BLOCK:
+        return []
+    cut = (replace(tiling, block_k=min(tiling.block_k, longest)) for tiling in TILINGS)
+    return list(dict.fromkeys(cut))
 
 
 def _run(layers: Sequence[Layer], given: Tensor) -> Tensor:
@@ -84,19 +91,9 @@ def _run(layers: Sequence[Layer], given: Tensor) -> Tensor:
     return stream.residual if stream.delta is None else stream.residual + stream.delta
 
 
-def _candidates(layer: Layer, bucket: int) -> Iterator[dict[int, Tiling]]:
-    """Tilings of all the layer's projections, by their index."""
-    ways = [tilings_for(bucket, part.weight.shape[1], is_gated=part.is_gated) for part in layer.projections]
-    for together in zip(*ways, strict=False):
-        yield dict(enumerate(together))
-
-
-def _set(layers: Sequence[Layer], bucket: int, tilings: dict[int, Tiling]) -> None:
+def _set(layers: Sequence[Layer], index: int, tiling: Tiling | None) -> None:
     for layer in layers:
-        for index, projection in enumerate(layer.projections):
-            projection.tilings.pop(bucket, None)
-            if index in tilings:
-                projection.tilings[bucket] = tilings[index]
+        layer.projections[index].tiling = tiling
 
 
 def _is_close(result: Tensor, expected: Tensor) -> bool:

@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dendrite.engine.attention.forms import APART, FULL_PRECISION, SHORT, WIDE, KernelConfig
 from dendrite.engine.attention.tree_kernel import attend_items, merge_partials
-from dendrite.engine.attention.triton_tree import FULL_PRECISION, HALF_PRECISION, MERGE_WIDTH, KernelConfig
+from dendrite.engine.attention.triton_tree import MERGE_WARPS, MERGE_WIDTH
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -30,6 +31,7 @@ def compile_attend(config: KernelConfig, dtype: str, *, head_dim: int, group: in
         "STAGES": config.num_stages,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "USE_TILES": config.use_tiles,
+        "PDL": True,
     }
     signature = {
         "query": f"*{dtype}",
@@ -55,9 +57,10 @@ def compile_merge(config: KernelConfig, dtype: str, *, head_dim: int, group: int
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
         "WIDTH": MERGE_WIDTH,
+        "PDL": True,
     }
     signature = {"output": f"*{dtype}", "partials": "*fp32", "partial_lse": "*fp32", "work": "*i32"}
-    _compile(merge_partials, signature, constants, 4)
+    _compile(merge_partials, signature, constants, MERGE_WARPS)
 
 
 def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, object], num_warps: int) -> None:  # noqa: ANN401
@@ -75,6 +78,7 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, object
 
 
 if __name__ == "__main__":
-    compile_attend(HALF_PRECISION, "bf16", head_dim=128, group=4, entry_keys=8)
+    for form in (WIDE, SHORT, APART):
+        compile_attend(form, "bf16", head_dim=128, group=4, entry_keys=8)
     compile_attend(FULL_PRECISION, "fp32", head_dim=64, group=3, entry_keys=8)
-    compile_merge(HALF_PRECISION, "bf16", head_dim=128, group=4)
+    compile_merge(WIDE, "bf16", head_dim=128, group=4)

@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="needs Triton, which is there on Linux only
 prepare_interpreter()
 
 from dendrite.engine.attention import triton_tree  # noqa: E402, after the interpreter was prepared
-from dendrite.engine.attention.triton_tree import KernelConfig, TritonTreeAttention  # noqa: E402
+from dendrite.engine.attention.forms import APART, SHORT, WIDE, KernelConfig, form_for, forms_for  # noqa: E402
+from dendrite.engine.attention.triton_tree import TritonTreeAttention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 0.04}
@@ -152,13 +153,31 @@ def test_what_the_kernels_are_not_made_for(head_dim: int, num_heads: int) -> Non
         TritonTreeAttention(case.pool, replace(case.spec, head_dim=head_dim, num_heads=num_heads, num_kv_heads=1))
 
 
+@pytest.mark.parametrize(
+    "rows, trunk, leaf, form",
+    [(64, 8192, 64, WIDE), (8, 8192, 64, SHORT), (64, 16, 288, APART), (1, 256, 1, SHORT), (300, 9, 1, WIDE)],
+)
+def test_the_form_follows_how_much_is_shared(rows: int, trunk: int, leaf: int, form: KernelConfig) -> None:
+    """Many rows over each key, few rows, rows apart."""
+    leaves = (Segment(((row, row + leaf),), leaf, row, row + 1) for row in range(rows))
+    plan = Plan(rows, (Segment(((0, trunk),), trunk, 0, rows), *leaves))
+    forms = forms_for("bfloat16", 4)
+    assert forms[form_for(plan, forms, 4)] is form
+
+
+def test_wide_groups_and_full_precision_have_fewer_forms() -> None:
+    """A tile holds a whole group at least; float32 has a form of its own."""
+    assert APART not in forms_for("float16", 32)
+    assert len(forms_for("float32", 4)) == 1
+
+
 def test_the_kernels_compile() -> None:
     """For a GPU that need not be there: the interpreter takes what the compiler may refuse."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.engine.attention.compile_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("attend_items") == 2
+    assert done.stdout.count("attend_items") == 4
     assert done.stdout.count("merge_partials") == 1
 
 
@@ -191,12 +210,31 @@ def test_large_trees_compiled(name: str, dtype: str, num_heads: int, num_kv_head
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", [WIDE, SHORT, APART], ids=["wide", "short", "apart"])
+@pytest.mark.parametrize("name", LARGE)
+def test_every_form_compiled(name: str, form: KernelConfig) -> None:
+    """Whichever form a step would not be given computes it all the same."""
+    case = conformance.make_case(
+        LARGE[name],
+        random.Random(name),
+        dtype="bfloat16",
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        block_size=16,
+        is_scattered=name < "m",
+        device=DEVICE,
+    )
+    assert_conforms(case, form)
+
+
+@pytest.mark.gpu
 def test_one_graph_replays_any_tree() -> None:
     """A graph that was captured with one plan gives other plans' results after `prepare` alone."""
     first = conformance.make_case(
         conformance.star(8, 300, 9), random.Random(6), dtype="bfloat16", head_dim=64, device=DEVICE
     )
-    backend = TritonTreeAttention(first.pool, first.spec, config=triton_tree.HALF_PRECISION)
+    backend = TritonTreeAttention(first.pool, first.spec, config=WIDE)
     query = torch.zeros((16, *first.query.shape[1:]), dtype=torch.bfloat16, device=DEVICE)
     backend.prepare(first.plan)
     backend.run(0, query, 0.3)

@@ -43,15 +43,12 @@ def reads(work: WorkList, tiling: Tiling) -> dict[tuple[int, int], list[int]]:
     """Follow the work list as the kernel does: the slots that each (row, K/V head) reads."""
     slots: dict[tuple[int, int], list[int]] = defaultdict(list)
     for item in work.items.tolist():
-        row_start, num_rows, head, first_strip, last_strip, first, last, first_gather, last_gather = item[:9]
-        for strip in range(first_strip, last_strip):
-            start, slot, low, high = work.strips[strip].tolist()
-            begin, end = max(first, start), min(last, int(work.strips[strip + 1, 0]))
-            assert begin < end
+        row_start, num_rows, head, first, last, first_gather, last_gather, _ = item
+        for slot, seen_by in work.strips[first:last].tolist():
+            low, high = seen_by & 255, seen_by >> 8
             assert 0 <= low < high <= num_rows
-            at = slot + (begin - start) * tiling.block_keys
             for row in range(low, high):
-                slots[row_start + row, head] += range(at, at + (end - begin) * tiling.block_keys)
+                slots[row_start + row, head] += range(slot, slot + tiling.block_keys)
         per_block = tiling.block_keys // tiling.entry_keys
         for place, readers in work.entries[first_gather * per_block : last_gather * per_block].tolist():
             slot, stand_ins = divmod(place, tiling.entry_keys)
@@ -106,14 +103,14 @@ def fan(num_rows: int, trunk: int, leaf: int) -> Plan:
 def test_a_trunk_is_a_strip_and_leaves_share_blocks() -> None:
     """A shared prefix is loaded without masks; short leaves lie side by side in the gathered blocks."""
     work = build(fan(4, 64, 3), TILING)
-    assert work.strips[:-1].tolist() == [[0, 0, 0, 4]]
+    assert work.strips.tolist() == [[slot, 4 << 8] for slot in range(0, 64, TILING.block_keys)]
     assert len(work.entries) == 4
     assert [entry & 255 for entry in work.entries[:, 1].tolist()] == [3, 3, 3, 3]
 
 
 def shares(work: WorkList) -> list[int]:
     """What each program's blocks cost."""
-    blocks = STRIP_COST * (work.items[:, 6] - work.items[:, 5]) + GATHER_COST * (work.items[:, 8] - work.items[:, 7])
+    blocks = STRIP_COST * (work.items[:, 4] - work.items[:, 3]) + GATHER_COST * (work.items[:, 6] - work.items[:, 5])
     return [int(blocks[first:last].sum()) for first, last in zip(work.starts[:-1], work.starts[1:], strict=True)]
 
 
@@ -143,14 +140,14 @@ def test_what_is_not_cut_is_not_merged() -> None:
     """A (tile, head) pair done by one program writes its output at once."""
     work = build(fan(1, 1, 1), replace(TILING, num_programs=1))
     assert work.num_partials == 0
-    assert work.items[:, 9].tolist() == [-1, -1]
+    assert work.items[:, 7].tolist() == [-1, -1]
     assert work.pairs[:, 1].tolist() == [1, 1]
 
 
 def test_pairs_list_their_partial_results() -> None:
     """Partial results are numbered from 0; each pair's are consecutive; there are at most two a program."""
     work = build(fan(8, 1024, 40), TILING)
-    assert sorted(slot for slot in work.items[:, 9].tolist() if slot >= 0) == list(range(work.num_partials))
+    assert sorted(slot for slot in work.items[:, 7].tolist() if slot >= 0) == list(range(work.num_partials))
     assert work.num_partials <= 2 * TILING.num_programs
     pairs = work.row_tiles[work.items[:, 0]] * TILING.num_kv_heads + work.items[:, 2]
     for pair, (first, count, row_start, _) in enumerate(work.pairs.tolist()):
@@ -158,7 +155,7 @@ def test_pairs_list_their_partial_results() -> None:
         assert len(of_pair) == count
         assert set(of_pair[:, 0].tolist()) == {row_start}
         if count > 1:
-            assert of_pair[:, 9].tolist() == list(range(first, first + count))
+            assert of_pair[:, 7].tolist() == list(range(first, first + count))
 
 
 def test_tiles_are_cut_between_subtrees() -> None:

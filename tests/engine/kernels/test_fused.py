@@ -52,8 +52,8 @@ def test_a_fused_model_runs_a_tree_as_transformers_runs_its_paths(family: str, d
         torch.testing.assert_close(runner.logits(hidden).cpu(), logits, rtol=1e-3, atol=1e-3)
 
 
-def test_few_rows_through_kernels_change_nothing(device: torch.device) -> None:
-    """With its products in the kernels for few rows, one row alone and several, a model computes the same."""
+def test_one_row_through_the_kernel_changes_nothing(device: torch.device) -> None:
+    """With its products in the kernel for one row, steps of one row and of several compute the same."""
     from dendrite.engine.kernels.linear import Tiling
 
     register_attention()
@@ -65,7 +65,7 @@ def test_few_rows_through_kernels_change_nothing(device: torch.device) -> None:
     assert fused(model)
     for layer in model.get_decoder().layers:
         for projection in layer.projections:
-            projection.tilings = {1: Tiling(16, 32, 4, 1), 16: Tiling(32, 32, 4, 3, 64)}
+            projection.tiling = Tiling(16, 32, 4)
     runner = TorchRunner(model, spec, kv_memory=801 * spec.bytes_per_token, block_size=4, attention=ReferenceAttention)
     tree = PackedTree(runner, random.Random(5), depth=1)
     tree.run(1 if device.type == "cuda" else 15)

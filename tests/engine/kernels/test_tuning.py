@@ -17,19 +17,19 @@ WIDTH = 64
 
 
 class TwoProducts:
-    """A layer whose products are off by `error` once they do not go through the BLAS."""
+    """A layer whose products are off by `error` once one of them does not go through the BLAS."""
 
     def __init__(self, dtype: torch.dtype, error: float | type[Exception] = 0.0) -> None:
         from dendrite.engine.passes.stream import Projection
 
         linears = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype).requires_grad_(requires_grad=False) for _ in "ab"]
         self.projections: tuple[Projection, ...] = tuple(Projection([linear]) for linear in linears)
-        self.seen: list[dict[int, Tiling]] = []
+        self.seen: set[tuple[Tiling | None, ...]] = set()
         self._error = error
 
     def run_products(self, stream: Stream) -> None:
-        self.seen.append(dict(self.projections[0].tilings))
-        is_blas = stream.residual.shape[0] not in self.projections[0].tilings
+        self.seen.add(chosen(self))
+        is_blas = chosen(self) == (None, None)
         if not is_blas and isinstance(self._error, type):
             raise self._error
         stream.residual += 1 if is_blas or isinstance(self._error, type) else 1 + self._error
@@ -41,40 +41,28 @@ def stopwatch(*seconds: float) -> Callable[[Callable[[], object]], float]:
     return lambda run: next(times)
 
 
-def chosen(layer: TwoProducts) -> list[list[int]]:
-    """The buckets that each projection has a tiling for."""
-    return [sorted(projection.tilings) for projection in layer.projections]
+def chosen(layer: TwoProducts) -> tuple[Tiling | None, ...]:
+    """Each projection's tiling."""
+    return tuple(projection.tiling for projection in layer.projections)
 
 
 @pytest.mark.parametrize(
-    "seconds, buckets",
+    "seconds, taken",
     [
-        ((10, 9, 8, 10, 9, 8), [1, 16]),  # faster in both buckets
-        ((10, 9, 8, 10, 11, 12), [1]),
-        ((10, 9.9, 9.8, 10, 5, 12), [16]),  # in the first, within the noise
-        ((1, 2, 3, 1, 2, 3), []),
+        ((10, 9, 8, 8.5, 7, 7.5, 7.2), (1, 0)),  # each projection has its own
+        ((10, 11, 9, 9.5, 9.5, 10, 12), (1, None)),
+        ((10, 9.99, 9.98, 9.99, 5, 12, 5), (None, 0)),  # the first within the noise
+        ((1, 2, 3, 4, 2, 3, 4), (None, None)),
     ],
 )
-def test_the_fastest_is_taken(seconds: tuple[float, ...], buckets: list[int]) -> None:
-    """For each bucket of rows the BLAS or the fastest tilings, all projections alike."""
-    from dendrite.engine.passes.tuning import tune
+def test_the_fastest_is_taken(seconds: tuple[float, ...], taken: tuple[int | None, ...]) -> None:
+    """For each projection the BLAS or the fastest tiling, in all layers alike."""
+    from dendrite.engine.passes.tuning import tilings_for, tune
 
     layers = [TwoProducts(torch.bfloat16) for _ in range(3)]
     tune(layers, WIDTH, stopwatch(*seconds))
-    assert [chosen(layer) for layer in layers] == [[buckets, buckets]] * 3
-
-
-def test_of_two_faster_ones_the_fastest_is_taken() -> None:
-    """The first tilings win over the second where they take less time."""
-    from dendrite.engine.kernels.tilings import tilings_for
-    from dendrite.engine.passes.tuning import tune
-
-    layer = TwoProducts(torch.bfloat16)
-    tune([layer], WIDTH, stopwatch(10, 5, 6, 10, 6, 5))
-    assert layer.projections[0].tilings == {
-        1: next(tilings_for(1, WIDTH, is_gated=False)),
-        16: list(tilings_for(16, WIDTH, is_gated=False))[1],
-    }
+    ways = tilings_for(WIDTH)
+    assert [chosen(layer) for layer in layers] == [tuple(None if at is None else ways[at] for at in taken)] * 3
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan"), RuntimeError])
@@ -83,9 +71,9 @@ def test_what_computes_something_else_is_never_taken(error: float | type[Excepti
     from dendrite.engine.passes.tuning import tune
 
     layer = TwoProducts(torch.float16, error)
-    tune([layer], WIDTH, stopwatch(10, 10))
-    assert chosen(layer) == [[], []]
-    assert any(seen for seen in layer.seen), "it was tried"
+    tune([layer], WIDTH, stopwatch(10))
+    assert chosen(layer) == (None, None)
+    assert len(layer.seen) > 1, "others were tried"
 
 
 def test_float32_stays_with_the_blas() -> None:
@@ -94,8 +82,8 @@ def test_float32_stays_with_the_blas() -> None:
 
     layer = TwoProducts(torch.float32)
     tune([layer], WIDTH, stopwatch())
-    assert chosen(layer) == [[], []]
-    assert layer.seen == []
+    assert chosen(layer) == (None, None)
+    assert not layer.seen
 
 
 @pytest.mark.gpu
