@@ -1,4 +1,4 @@
-"""`TimeTravelSaver` passes LangGraph's conformance suite, base and extended, over both savers that it wraps."""
+"""`TimeTravelSaver` passes LangGraph's conformance suite, base and extended, over all three savers that it wraps."""
 
 import sqlite3
 from collections.abc import AsyncGenerator, Iterator
@@ -13,6 +13,7 @@ from langgraph.checkpoint.conformance.capabilities import ALL_CAPABILITIES
 from langgraph.checkpoint.conformance.initializer import RegisteredCheckpointer
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import START, StateGraph
 
 from dendrite.engine.errors import RequestError
@@ -31,7 +32,16 @@ def saver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TimeTravel
 
 async def test_it_conforms(saver: TimeTravelSaver) -> None:
     """All tests of all capabilities, the optional ones too."""
+    await check_conformance(saver)
 
+
+async def test_it_conforms_over_an_async_saver(tmp_path: Path) -> None:
+    """The same over an `AsyncSqliteSaver`."""
+    async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "checkpoints.sqlite")) as inner:
+        await check_conformance(TimeTravelSaver(inner))
+
+
+async def check_conformance(saver: TimeTravelSaver) -> None:
     async def factory() -> AsyncGenerator[BaseCheckpointSaver[str], None]:
         yield saver
 

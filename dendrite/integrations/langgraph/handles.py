@@ -3,15 +3,19 @@
     handle_of(branch) ──► "dendrite:1:smollm2-135m-instruct:8f…:eJw…"        model, randomness, tokens, digest
     open_handle(engine, handle) ──► a new branch after the same tokens
 
-A handle is a snapshot: it never changes, several futures may go on from it, and it holds no K/V. The engine keeps what
-nobody holds as a cache, so opening one computes nothing as long as the cache has it; after that, or in another process,
-its tokens are computed again. So a checkpoint is a lease on its K/V, and only nodes that run pin any.
+A handle is a snapshot: it never changes, several futures may go on from it, and it holds no K/V by itself. The engine
+keeps what nobody holds as a cache, and a `TimeTravelSaver` holds what its checkpoints name, so opening one computes
+nothing as long as either has it; after that, or in another process, its tokens are computed again.
+
+Where a `TimeTravelSaver` keeps checkpoints the tokens are in a table of their own, and a `Reference` stands for the
+handle.
 """
 
 from __future__ import annotations
 
 import binascii
 import hashlib
+import re
 import zlib
 from array import array
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -22,8 +26,11 @@ from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import BranchError
 
-_PREFIX = "dendrite:1"
-_DIGEST_BYTES = 6
+HANDLE_PREFIX = "dendrite:1:"
+_REFERENCE_PREFIX = "dendrite:ref:1:"
+_CHECK_BYTES = 6
+_DIGEST_BYTES = 16
+_REFERENCE = re.compile(rf"{_REFERENCE_PREFIX}.+:[0-9a-f]+:[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,15 @@ class Snapshot:
     draw: int
     """The seed of what is generated from here."""
 
+    @property
+    def digest(self) -> str:
+        """What names the tokens."""
+        return _digest(array("I", self.token_ids).tobytes(), _DIGEST_BYTES)
+
     def handle(self) -> str:
         """As a string, about four bytes a token."""
-        packed = urlsafe_b64encode(zlib.compress(array("I", self.token_ids).tobytes(), 9)).decode()
-        body = f"{_PREFIX}:{self.model}:{self.draw:x}:{packed}"
-        return f"{body}:{_digest(body)}"
+        packed = zlib.compress(array("I", self.token_ids).tobytes(), 9)
+        return Reference(self.model, self.digest, self.draw).handle(packed)
 
     @classmethod
     def read(cls, handle: str) -> Snapshot:
@@ -48,10 +59,15 @@ class Snapshot:
         Raises:
             BranchError: this is no handle, or it was damaged.
         """
-        body, _, digest = str(handle).rpartition(":")
-        if not body.startswith(f"{_PREFIX}:") or digest != _digest(body):
+        body, _, check = str(handle).rpartition(":")
+        if is_reference(handle):
+            raise BranchError(
+                "the handle is stale: it is of a checkpoint that a TimeTravelSaver wrote, and its tokens are not here. "
+                "Read the checkpoint through that saver; if its thread was deleted, start a new branch"
+            )
+        if not body.startswith(HANDLE_PREFIX) or check != _digest(body.encode(), _CHECK_BYTES):
             raise BranchError(f"{str(handle)[:40]!r} is no handle of a branch, or was changed: take one of handle_of()")
-        model, draw, packed = body.removeprefix(f"{_PREFIX}:").rsplit(":", 2)
+        model, draw, packed = body.removeprefix(HANDLE_PREFIX).rsplit(":", 2)
         try:
             token_ids = array("I", zlib.decompress(urlsafe_b64decode(packed)))
         except (binascii.Error, zlib.error, ValueError) as error:
@@ -61,6 +77,40 @@ class Snapshot:
     def fork(self, *path: object) -> Snapshot:
         """The same place with randomness of its own, decided by `path`."""
         return Snapshot(self.model, self.token_ids, seed_from(self.draw, *path))
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A handle without its tokens, which are elsewhere."""
+
+    model: str
+    digest: str
+    """Of the tokens; see `Snapshot.digest`."""
+    draw: int
+
+    def __str__(self) -> str:
+        return f"{_REFERENCE_PREFIX}{self.model}:{self.draw:x}:{self.digest}"
+
+    @classmethod
+    def read(cls, text: str) -> Reference:
+        """The way back, of what `is_reference`."""
+        model, draw, digest = text.removeprefix(_REFERENCE_PREFIX).rsplit(":", 2)
+        return cls(model, digest, int(draw, 16))
+
+    def handle(self, packed: bytes) -> str:
+        """The whole handle, with its tokens as `packed_tokens` took them out of one."""
+        body = f"{HANDLE_PREFIX}{self.model}:{self.draw:x}:{urlsafe_b64encode(packed).decode()}"
+        return f"{body}:{_digest(body.encode(), _CHECK_BYTES)}"
+
+
+def packed_tokens(handle: str) -> bytes:
+    """The tokens of a handle that `Snapshot.read` takes, compressed as they are in it."""
+    return urlsafe_b64decode(handle.rsplit(":", 2)[1])
+
+
+def is_reference(text: object) -> bool:
+    """Whether a string stands for a handle whose tokens are in a saver's table."""
+    return isinstance(text, str) and _REFERENCE.fullmatch(text) is not None
 
 
 def handle_of(branch: Branch) -> str:
@@ -99,8 +149,8 @@ def seed_from(*path: object) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
 
-def _digest(body: str) -> str:
-    return hashlib.blake2b(body.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+def _digest(data: bytes, num_bytes: int) -> str:
+    return hashlib.blake2b(data, digest_size=num_bytes).hexdigest()
 
 
 def open_all(engine: Engine, handles: Sequence[str], *, path: Sequence[object] = ()) -> list[Branch]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 
 from dendrite.engine.errors import RequestError
-
-
-class Place(NamedTuple):
-    """Where a checkpoint is."""
-
-    thread_id: str
-    namespace: str
-    checkpoint_id: str
+from dendrite.integrations.langgraph.databases import AsyncSaverDatabase, Database, MemoryDatabase, SaverDatabase
+from dendrite.integrations.langgraph.token_table import Place
 
 
 class Rows(Protocol):
@@ -48,32 +42,36 @@ class MemoryRows:
 
 
 class SqliteRows:
-    """Of a `SqliteSaver`: one transaction."""
+    """Of a saver over SQLite: one transaction."""
 
-    def __init__(self, saver: BaseCheckpointSaver[str]) -> None:
-        self._saver = saver
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def remove(self, places: Collection[Place]) -> None:
         """See `Rows.remove`."""
-        with self._saver.cursor() as cursor:  # type: ignore[attr-defined]  # only SqliteSaver comes here
-            for table in ("checkpoints", "writes"):
-                cursor.executemany(
-                    f"DELETE FROM {table} WHERE thread_id = ? AND checkpoint_ns = ? AND checkpoint_id = ?",  # noqa: S608 - two fixed names
-                    list(places),
-                )
+        where = "WHERE thread_id = ? AND checkpoint_ns = ? AND checkpoint_id = ?"
+        self._database.run([(f"DELETE FROM {table} {where}", list(places)) for table in ("checkpoints", "writes")])  # noqa: S608 - two fixed names
 
 
-def rows_of(saver: BaseCheckpointSaver[str]) -> Rows:
-    """The rows of a saver.
+def storage_of(saver: BaseCheckpointSaver[str]) -> tuple[Rows, Database]:
+    """The rows of a saver, and where tables beside them go.
 
     Raises:
         RequestError: a saver of a kind that is not known here.
     """
     if isinstance(saver, InMemorySaver):
-        return MemoryRows(saver)
-    if type(saver).__name__ == "SqliteSaver":  # its package is optional
-        return SqliteRows(saver)
-    raise RequestError(
-        f"TimeTravelSaver wraps an InMemorySaver or a SqliteSaver, not a {type(saver).__name__}: in place "
-        "of an AsyncSqliteSaver give a SqliteSaver, which the wrapper runs in threads"
-    )
+        return MemoryRows(saver), MemoryDatabase()
+    make = _DATABASES.get(type(saver).__name__)  # by name, since their package is optional
+    if make is None:
+        raise RequestError(
+            "TimeTravelSaver wraps an InMemorySaver, a SqliteSaver or an AsyncSqliteSaver, not a "
+            f"{type(saver).__name__}: give it one of those, or use your saver as it is: handles in it are whole"
+        )
+    database = make(saver)
+    return SqliteRows(database), database
+
+
+_DATABASES: dict[str, Callable[[BaseCheckpointSaver[str]], Database]] = {
+    "SqliteSaver": SaverDatabase,
+    "AsyncSqliteSaver": AsyncSaverDatabase,
+}

@@ -1,7 +1,8 @@
 """A checkpointer for graphs whose state carries branches: it also copies threads, prunes them and deletes runs.
 
-Checkpoints hold handles, and a handle holds no K/V: going back to an old checkpoint goes on from what the engine has
-cached, and computes the rest again. So nothing has to be freed when a thread goes.
+A checkpoint is a lease on the K/V of the branches that it names: it stays while the checkpoint does and memory allows,
+and only nodes that run pin any. Going back to an old checkpoint goes on from that K/V; what memory did not allow, or a
+new process lacks, is computed again from the tokens, which are in a table beside the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,22 +23,48 @@ from langgraph.checkpoint.base import (
     DeltaChannelHistory,
 )
 
+from dendrite.engine.engine import Engine
 from dendrite.engine.errors import RequestError
-from dendrite.integrations.langgraph.rows import Place, rows_of
+from dendrite.integrations.langgraph.leases import Leases
+from dendrite.integrations.langgraph.rows import storage_of
+from dendrite.integrations.langgraph.stored_handles import StoredHandles
+from dendrite.integrations.langgraph.token_table import Place, TokenTable
 
 STRATEGIES = ("keep_latest", "delete")
 
 
 class TimeTravelSaver(BaseCheckpointSaver[str]):
-    """Wraps an `InMemorySaver` or a `SqliteSaver`; sync and async over either.
+    """Wraps an `InMemorySaver`, a `SqliteSaver` or an `AsyncSqliteSaver`.
 
-    graph = builder.compile(checkpointer=TimeTravelSaver(InMemorySaver()))
+        graph = builder.compile(checkpointer=TimeTravelSaver(InMemorySaver(), engine))
+
+    Over the first two it serves sync and async graphs, over the third async ones.
     """
 
-    def __init__(self, inner: BaseCheckpointSaver[str]) -> None:
+    def __init__(
+        self, inner: BaseCheckpointSaver[str], engine: Engine | str | None = None, *, most_leases: int = 1024
+    ) -> None:
+        """Wrap a saver.
+
+        Args:
+            inner: keeps the checkpoints.
+            engine: an Engine, or the name of one, on which checkpoints hold the K/V of their branches; without it they
+                hold tokens alone, and going back is as quick as the engine's cache of prefixes allows.
+            most_leases: branches held at a time; those used longest ago are let go.
+
+        Raises:
+            RequestError: a saver of another kind, or a wrong number.
+        """
         super().__init__(serde=inner.serde)
         self._inner = inner
-        self._rows = rows_of(inner)
+        self._rows, database = storage_of(inner)
+        self._leases = Leases(engine, most_leases)
+        self._handles = StoredHandles(TokenTable(database), self._leases)
+
+    @property
+    def num_leases(self) -> int:
+        """Branches that checkpoints hold now; `engine.stats()` counts them among its branches and blocks."""
+        return len(self._leases)
 
     # --- what every saver does ---------------------------------------------------------------------------------
 
@@ -48,7 +75,8 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """See `BaseCheckpointSaver.get_tuple`."""
-        return self._inner.get_tuple(config)
+        saved = self._inner.get_tuple(config)
+        return None if saved is None else self._whole(saved)
 
     def list(
         self,
@@ -59,7 +87,8 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
         """See `BaseCheckpointSaver.list`."""
-        return self._inner.list(config, filter=filter, before=before, limit=limit)
+        found = builtins.list(self._inner.list(config, filter=filter, before=before, limit=limit))
+        return map(self._whole, found)  # not while listing, during which a SqliteSaver's lock is held
 
     def put(
         self,
@@ -69,19 +98,26 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """See `BaseCheckpointSaver.put`."""
-        return self._inner.put(config, checkpoint, metadata, new_versions)
+        where = config["configurable"]
+        place = Place(where["thread_id"], where.get("checkpoint_ns", ""), checkpoint["id"])
+        short = checkpoint.copy()
+        short["channel_values"] = self._handles.shortened(place, checkpoint["channel_values"])
+        return self._inner.put(config, short, metadata, new_versions)
 
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
         """See `BaseCheckpointSaver.put_writes`."""
-        self._inner.put_writes(config, writes, task_id, task_path)
+        self._inner.put_writes(config, self._handles.shortened(_place(config), list(writes)), task_id, task_path)
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
         """See `BaseCheckpointSaver.get_delta_channel_history`."""
-        return self._inner.get_delta_channel_history(config=config, channels=channels)
+        history: Mapping[str, DeltaChannelHistory] = self._handles.whole(
+            {**self._inner.get_delta_channel_history(config=config, channels=channels)}
+        )
+        return history
 
     def get_next_version(self, current: str | None, channel: None) -> str:
         """The wrapped saver's."""
@@ -95,15 +131,16 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         return clone
 
     def delete_thread(self, thread_id: str) -> None:
-        """Remove all checkpoints of a thread."""
+        """Remove all checkpoints of a thread, with the tokens and the K/V that no other thread has."""
         self._inner.delete_thread(thread_id)
+        self._handles.release_thread(thread_id)
 
     # --- what LangGraph's savers leave out ---------------------------------------------------------------------
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints that these runs made, in all threads."""
         found = [saved for run_id in run_ids for saved in self._inner.list(None, filter={"run_id": run_id})]
-        self._rows.remove({_place(saved.config) for saved in found})
+        self._remove({_place(saved.config) for saved in found})
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Give a thread's whole history to a new thread: both go on from the same branches, each its own way.
@@ -113,6 +150,7 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         """
         if next(self._inner.list(_thread(target_thread_id), limit=1), None) is not None:
             raise RequestError(f"thread {target_thread_id!r} has checkpoints: copy to a new one, or delete it first")
+        self._handles.copy_thread(source_thread_id, target_thread_id)
         for saved in reversed(builtins.list(self._inner.list(_thread(source_thread_id)))):
             self._copy(saved, target_thread_id)
 
@@ -152,7 +190,17 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         for place in saved:
             latest[place.namespace] = max(latest.get(place.namespace, place), place)
         kept = {place for newest in latest.values() for place in _needed(newest, saved)}
-        self._rows.remove(saved.keys() - kept)
+        self._remove(saved.keys() - kept)
+
+    def _remove(self, places: Collection[Place]) -> None:
+        self._rows.remove(places)
+        self._handles.release(places)
+
+    def _whole(self, saved: CheckpointTuple) -> CheckpointTuple:
+        checkpoint = saved.checkpoint.copy()
+        values, writes = self._handles.whole((saved.checkpoint["channel_values"], saved.pending_writes))
+        checkpoint["channel_values"] = values
+        return saved._replace(checkpoint=checkpoint, pending_writes=writes)
 
     # --- the same for asyncio ----------------------------------------------------------------------------------
 
@@ -228,7 +276,8 @@ def _needed(latest: Place, saved: Mapping[Place, CheckpointTuple]) -> Iterator[P
     """The latest checkpoint, and its ancestors back to where each of its delta channels was written down whole."""
     at = saved[latest]
     yield latest
-    open_channels = set(at.metadata.get("counters_since_delta_snapshot") or ()) - at.checkpoint["channel_values"].keys()
+    deltas = set(at.metadata.get("counters_since_delta_snapshot") or ()) & at.checkpoint["channel_versions"].keys()
+    open_channels = deltas - at.checkpoint["channel_values"].keys()  # without a version nothing was ever written to it
     while open_channels and at.parent_config is not None:
         parent = saved.get(_place(at.parent_config))
         if parent is None:

@@ -1,0 +1,79 @@
+"""Branches that checkpoints hold: their K/V stays as long as the checkpoint does and memory allows.
+
+    checkpoint ── names ──► (model, digest) ── lease ──► an idle branch: counted in `engine.stats()`, never pinned
+
+An idle branch keeps its K/V from the cache's oldest-first eviction. When what runs needs the pool, the K/V of idle
+branches leaves it, least recently used first, for host memory or for good; nothing waits for a lease.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+
+from dendrite.engine.branch import Branch
+from dendrite.engine.engine import Engine
+from dendrite.engine.errors import EngineError, RequestError
+from dendrite.integrations.engines import ENGINES, EngineSettings, Lease
+from dendrite.integrations.langgraph.handles import Snapshot
+from dendrite.integrations.langgraph.token_table import TokenKey
+
+
+class Leases:
+    """The branches that one saver's checkpoints hold on one engine, at most `most` of them."""
+
+    def __init__(self, engine: Engine | str | None, most: int) -> None:
+        if most < 0:
+            raise RequestError(f"most_leases={most} cannot be used: give 0 or more")
+        self._source = engine
+        self._most = most
+        self._engine: Lease | None = None  # of an engine that goes by a name
+        self._branches: OrderedDict[TokenKey, Branch] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._branches)
+
+    def hold(self, paths: Iterable[tuple[TokenKey, Snapshot]]) -> None:
+        """Holds what the engine has of these paths; an engine that cannot does without."""
+        with self._lock:
+            for key, snapshot in paths:
+                if key in self._branches:
+                    self._branches.move_to_end(key)
+                elif (branch := self._opened(snapshot)) is not None:
+                    self._branches[key] = branch
+            while len(self._branches) > self._most:
+                self._branches.popitem(last=False)[1].prune()
+
+    def touch(self, keys: Collection[TokenKey]) -> None:
+        """Somebody goes on from these paths: they are the last to go."""
+        with self._lock:
+            for key in keys:
+                if key in self._branches:
+                    self._branches.move_to_end(key)
+
+    def release(self, keys: Collection[TokenKey]) -> None:
+        """Gives the K/V of these paths back."""
+        with self._lock:
+            for key in keys:
+                branch = self._branches.pop(key, None)
+                if branch is not None:
+                    branch.prune()
+
+    def _opened(self, snapshot: Snapshot) -> Branch | None:
+        """A checkpoint is written whether or not its K/V can be held: an engine that is closed or full holds none."""
+        engine = self._on()
+        if engine is None or snapshot.model != engine.name or not self._most:
+            return None
+        try:
+            return engine.root(token_ids=snapshot.token_ids, seed=0)  # a seed, so that other roots draw as without it
+        except EngineError:
+            return None
+
+    def _on(self) -> Engine | None:
+        if isinstance(self._source, str):
+            if self._engine is None:
+                self._engine = ENGINES.lease(EngineSettings(self._source))
+            return self._engine.engine
+        return self._source
