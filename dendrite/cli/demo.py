@@ -20,14 +20,14 @@ def demo(
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live tree.")] = False,
 ) -> None:
     """Search for a poem whose every line a program checks; exits with 1 if none is found."""
-    import asyncio
-
-    from rich.console import Console
-
-    from dendrite.demo.play import Settings, play
-    from dendrite.engine.engine import Engine
-
     with errors_shown():
+        import asyncio
+
+        from rich.console import Console
+
+        from dendrite.demo.play import Settings, play
+        from dendrite.engine.engine import Engine
+
         settings = Settings.of(word=word, width=width, keep=keep, seed=seed)
         print(f"loading {model} …", file=sys.stderr, flush=True)
         with Engine.load(model) as engine:

@@ -27,10 +27,10 @@ def verify(
     device: Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Compare the engine with plain Transformers on this machine; exits with 1 on a miss."""
-    from dendrite.cli.progress import progress_line
-    from dendrite.verify.oracle import verify as run
-
     with errors_shown():
+        from dendrite.cli.progress import progress_line
+        from dendrite.verify.oracle import verify as run
+
         with progress_line() as progress:
             report = run(model, full=full, dtype=dtype, device=device, progress=progress)
         if as_json:

@@ -380,6 +380,8 @@ class Engine:
 
 
 def _close(loop: StepLoop, swap: SwapSpace, runner: Runner) -> None:
+    if loop.is_forked:  # thread, files and device are the parent's
+        return
     loop.stop()
     swap.close()
     runner.close()

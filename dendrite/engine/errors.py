@@ -15,6 +15,7 @@
         │   └── SnapshotMismatch             written for another model
         ├── CallbackError    (RuntimeError)  a user's function in a search raised or returned nonsense
         ├── EngineClosed     (RuntimeError)  the engine was closed
+        │   └── EngineForked                 the process was forked: the engine stayed with the parent
         ├── IntegrityError   (RuntimeError)  K/V or its bookkeeping is not what it should be (`integrity=`)
         ├── StepFailed       (RuntimeError)  a step failed and the calls in it with it; the engine goes on
         └── EngineDead       (RuntimeError)  the step loop died of an error of its own
@@ -98,6 +99,10 @@ class CallbackError(EngineError, RuntimeError):
 
 class EngineClosed(EngineError, RuntimeError):
     """The engine was closed before or while the call ran."""
+
+
+class EngineForked(EngineClosed):
+    """The process was forked, and the engine with its thread stayed with the parent: start processes by "spawn"."""
 
 
 class StepFailed(EngineError, RuntimeError):

@@ -21,15 +21,25 @@ whoever gets the block next writes it later. A known end is not run ahead, and n
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead, EngineError, IntegrityError, StepFailed
+from dendrite.engine.errors import (
+    DendriteError,
+    EngineClosed,
+    EngineDead,
+    EngineError,
+    EngineForked,
+    IntegrityError,
+    StepFailed,
+)
 from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
@@ -49,6 +59,11 @@ from dendrite.engine.tree import KVTree
 _LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 """After these nothing more can be done on the device."""
 
+_FORKED = (
+    "this process was forked from the one that has the engine: load an engine here, and start such processes with "
+    'multiprocessing.get_context("spawn"), since PyTorch does not survive a fork either'
+)
+
 
 class StepLoop:
     """Runs whatever was submitted until it is stopped. `lock` guards `tree`, `scheduler` and `counters`."""
@@ -60,6 +75,8 @@ class StepLoop:
         self.tree = tree
         self.scheduler = scheduler
         self.counters = Counters()
+        self.is_forked = False
+        """Whether this is a copy in a forked child: the original's device, files and thread are not its own."""
         self._runner = runner
         self._head = head
         self._guard = guard
@@ -68,7 +85,8 @@ class StepLoop:
         self._in_step: Step | None = None
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
-        self._end: EngineError | None = None
+        self._end: EngineClosed | EngineDead | None = None
+        self._refuse_after_fork()
         self._thread = threading.Thread(target=self._main, name="dendrite-step-loop", daemon=True)
         self._thread.start()
 
@@ -118,8 +136,8 @@ class StepLoop:
                 self.release(tip)
 
     def release(self, tip: Tip) -> None:
-        """Gives back what a tip holds, unless the tree cannot be trusted any more; the lock is held."""
-        if self._fault is None:
+        """Gives back what a tip holds, unless the tree is a forked copy or cannot be trusted; the lock is held."""
+        if self._fault is None and not self.is_forked:
             self.tree.prune(tip)
 
     def condemn(self, error: IntegrityError) -> None:
@@ -146,12 +164,15 @@ class StepLoop:
         if damaged:
             raise damaged[0]
 
+    def stay_behind(self) -> None:
+        """This is a forked child's copy, without a thread: whatever is asked of it is refused."""
+        self.is_forked = True
+        self._end = self._end or EngineForked(_FORKED)
+
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
-        if isinstance(self._end, EngineDead):
-            raise EngineDead(*self._end.args) from self._end.__cause__
         if self._end is not None:
-            raise EngineClosed(*self._end.args)
+            raise type(self._end)(*self._end.args) from self._end.__cause__
 
     def stop(self) -> None:
         """Ends the thread; whatever is open fails with `EngineClosed`. Idempotent."""
@@ -161,6 +182,31 @@ class StepLoop:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _refuse_after_fork(self) -> None:
+        """Sees to it that a forked child, which has the tree but no loop, refuses every call and waits for none.
+
+        The lock is held while the process forks, so that the child finds it free and the tree whole.
+        """
+        here = weakref.ref(self)
+        forking: list[StepLoop] = []
+
+        def before() -> None:
+            if (loop := here()) is not None:
+                loop.lock.acquire()
+                forking.append(loop)
+
+        def after_in_parent() -> None:
+            if forking:
+                forking.pop().lock.release()
+
+        def after_in_child() -> None:
+            if forking:
+                forking[0].stay_behind()
+                forking.pop().lock.release()
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
 
     # --- the loop's thread -------------------------------------------------------------------------------------
 
