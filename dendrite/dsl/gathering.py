@@ -87,6 +87,6 @@ class Gathering:
 def listed(batch: object) -> list[object] | None:
     """The elements of a sequence, an array or a tensor; None for anything else."""
     try:
-        return None if isinstance(batch, str) else list(batch)  # type: ignore[call-overload]
+        return None if isinstance(batch, str) else list(batch)  # type: ignore[call-overload]  # what cannot be listed raises
     except TypeError:
         return None

@@ -17,19 +17,7 @@ from dendrite.dsl.meter import Spent
 from dendrite.dsl.node import Node, Step
 from dendrite.dsl.operations import Loop, Merge
 from dendrite.dsl.run import Run
-from dendrite.dsl.strategies.base import (
-    Ask,
-    Candidate,
-    Expand,
-    Expanded,
-    Reflect,
-    Reflected,
-    Select,
-    Selected,
-    Told,
-    Vote,
-    Voted,
-)
+from dendrite.dsl.strategies import base
 from dendrite.dsl.types import StepId
 from dendrite.engine.errors import SnapshotError
 
@@ -57,26 +45,26 @@ class Log:
         self._file = file
         self.lines = [line for line in lines if "told" in line]
         self._num_asked = sum("asked" in line for line in lines)
-        self._new: list[tuple[Told, list[Step], int, Spent]] = []
+        self._new: list[tuple[base.Told, list[Step], int, Spent]] = []
         self._num_nodes = 0
         self.is_live = False
         """Whether all lines were told again."""
 
-    def asked(self, ask: Ask) -> None:
+    def asked(self, ask: base.Ask) -> None:
         """Note what is under way from now on, unless the file has it."""
         if self._num_asked > len(self.lines):
             self._num_asked -= 1
         elif self._file is not None:
             self._file.asked(ask)
 
-    def told(self, told: Told, made: list[Step], *, num_proposals: int, spent: Spent) -> None:
+    def told(self, told: base.Told, made: list[Step], *, num_proposals: int, spent: Spent) -> None:
         """Note a result."""
         if self._file is not None:
             self._file.told(told, made, num_proposals=num_proposals, spent=spent)
         else:
             self._new.append((told, made, num_proposals, spent))
 
-    async def again(self, run: Run, asks: deque[Ask], line: Line, loop: Loop) -> tuple[Told, list[Step]]:
+    async def again(self, run: Run, asks: deque[base.Ask], line: Line, loop: Loop) -> tuple[base.Told, list[Step]]:
         """What came of the next ask before, with its nodes on new branches.
 
         Raises:
@@ -89,7 +77,7 @@ class Log:
         made = [run.rebuild_child(row, self._load(row["state"])) for row in line["steps"]]
         self._num_nodes += len(made)
         await _rekey(run, loop, made)
-        if isinstance(ask, Expand):
+        if isinstance(ask, base.Expand):
             run.steps[ask.node].num_proposals = line["num_proposals"]
         if line is self.lines[-1]:
             run.meter.restore(line["spent"], num_nodes=self._num_nodes)
@@ -116,21 +104,26 @@ class Log:
             self._file.close()
 
 
-_KINDS: dict[type[Ask], str] = {Expand: "Expanded", Select: "Selected", Reflect: "Reflected", Vote: "Voted"}
+_KINDS: dict[type[base.Ask], str] = {
+    base.Expand: "Expanded",
+    base.Select: "Selected",
+    base.Reflect: "Reflected",
+    base.Vote: "Voted",
+}
 
 
-def _told(run: Run, ask: Ask, plain: Mapping[str, Any]) -> Told:
-    if isinstance(ask, Expand):
-        return Expanded(ask.node, tuple(candidate(run.steps[child]) for child in plain["children"]))
-    if isinstance(ask, Select):
-        return Selected(tuple(StepId(node) for node in plain["nodes"]))
-    if isinstance(ask, Vote):
-        return Voted(ask.nodes, tuple(plain["ballots"]))
+def _told(run: Run, ask: base.Ask, plain: Mapping[str, Any]) -> base.Told:
+    if isinstance(ask, base.Expand):
+        return base.Expanded(ask.node, tuple(candidate(run.steps[child]) for child in plain["children"]))
+    if isinstance(ask, base.Select):
+        return base.Selected(tuple(StepId(node) for node in plain["nodes"]))
+    if isinstance(ask, base.Vote):
+        return base.Voted(ask.nodes, tuple(plain["ballots"]))
     if ask.is_kept:
         criticise(run.steps[ask.node], ask, plain["text"])
     else:
         run.reflections.append(plain["text"].strip())
-    return Reflected(ask.node, plain["text"])
+    return base.Reflected(ask.node, plain["text"])
 
 
 async def _rekey(run: Run, loop: Loop, made: Sequence[Step]) -> None:
@@ -142,9 +135,9 @@ async def _rekey(run: Run, loop: Loop, made: Sequence[Step]) -> None:
             run.by_key.setdefault(key, step)
 
 
-def candidate(step: Step) -> Candidate:
+def candidate(step: Step) -> base.Candidate:
     """What a strategy is told of a node."""
-    return Candidate(
+    return base.Candidate(
         id=step.id,
         parent=None if step.parent is None else step.parent.id,
         depth=step.depth,

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
-import json
-import random
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
 
-from dendrite.dsl.codec import Codec
 from dendrite.dsl.compiler import lower
 from dendrite.dsl.events import Event
 from dendrite.dsl.explain import explained
 from dendrite.dsl.fronts import Waiter, iterated
 from dendrite.dsl.functions import together
-from dendrite.dsl.journal import VERSION, Journal, check_same, create, functions_of, read
-from dendrite.dsl.log import Log
 from dendrite.dsl.marks import Mark
-from dendrite.dsl.meter import Meter
 from dendrite.dsl.node import Node
-from dendrite.dsl.operations import Operations, Score
+from dendrite.dsl.operations import Operations
 from dendrite.dsl.progress import ProgressBar
 from dendrite.dsl.records import Budget
 from dendrite.dsl.result import Result
-from dendrite.dsl.run import Run
 from dendrite.dsl.search import Search
 from dendrite.dsl.search_loop import SearchLoop
-from dendrite.dsl.states import fits
+from dendrite.dsl.starting import Order, Starter
 from dendrite.dsl.strategies.base import Strategy
-from dendrite.dsl.types import OnError, Prompt, S, is_prompt
+from dendrite.dsl.types import OnError, Prompt, S
 from dendrite.engine.errors import ProgramError
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -75,25 +65,23 @@ class Program(Generic[S]):
         names: Mapping[str, object] | None = None,
     ) -> None:
         self._parts = tuple(parts)
-        self._on_error: OnError = on_error
         self._merge = merge
         lowered = lower(parts, strategy, on_error=on_error, merge=merge, names=names or {})
-        self._operations = lowered.operations
-        self._state_type = lowered.state
+        self._starter = Starter(lowered.operations, lowered.state, on_error)
         self._names = names or {}
 
     @property
     def operations(self) -> Operations:
         """The tree operations it compiled to; the search loop executes exactly these."""
-        return self._operations
+        return self._starter.operations
 
     def explain(self) -> str:
         """The tree operations as text."""
-        return explained(self._operations, on_error=self._on_error)
+        return explained(self._starter.operations, on_error=self._starter.on_error)
 
     def replace(self, *, strategy: Strategy) -> Program[S]:
         """The same program under another strategy, checked anew."""
-        return Program(self._parts, strategy, on_error=self._on_error, merge=self._merge, names=self._names)
+        return Program(self._parts, strategy, on_error=self._starter.on_error, merge=self._merge, names=self._names)
 
     def run(
         self,
@@ -119,7 +107,8 @@ class Program(Generic[S]):
                 `on_error="drop"`.
             EngineError: whatever stopped the engine. In each case nothing of the search is left.
         """
-        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal)
+        order = Order(prompt=prompt, state=state, seed=seed, budget=budget)
+        loop = self._starter.begin(on, order, journal=journal)
         with Waiter() as waiter:
             return waiter.wait(self._drained(loop, progress=progress))
 
@@ -142,7 +131,7 @@ class Program(Generic[S]):
                 which. Nothing is changed.
             ProgramError, CallbackError, EngineError: as for `run`.
         """
-        loop = self._reopen(Path(path), on, budget)
+        loop = self._starter.reopen(Path(path), on, budget)
         with Waiter() as waiter:
             return waiter.wait(self._drained(loop))
 
@@ -150,7 +139,7 @@ class Program(Generic[S]):
         self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None
     ) -> Result[S]:
         """`resume` for asyncio."""
-        return await self._drained(self._reopen(Path(path), on, budget))
+        return await self._drained(self._starter.reopen(Path(path), on, budget))
 
     async def arun(
         self,
@@ -164,7 +153,8 @@ class Program(Generic[S]):
         progress: bool = False,
     ) -> Result[S]:
         """`run` for asyncio: async functions of the program run on this event loop. Cancelling it prunes everything."""
-        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, journal=journal)
+        order = Order(prompt=prompt, state=state, seed=seed, budget=budget)
+        loop = self._starter.begin(on, order, journal=journal)
         return await self._drained(loop, progress=progress)
 
     def stream(
@@ -177,9 +167,8 @@ class Program(Generic[S]):
         budget: Budget | None = None,
     ) -> Generator[Event[S]]:
         """Search, telling what happens; the last event, `done`, has the result. Leaving the loop ends the search."""
-        return cast(
-            "Generator[Event[S]]", iterated(self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
-        )
+        order = Order(prompt=prompt, state=state, seed=seed, budget=budget)
+        return cast("Generator[Event[S]]", iterated(self._starter.begin(on, order).events()))
 
     def astream(
         self,
@@ -191,7 +180,8 @@ class Program(Generic[S]):
         budget: Budget | None = None,
     ) -> AsyncGenerator[Event[S]]:
         """`stream` for asyncio. Wrap it in `contextlib.aclosing` where the loop may be left early."""
-        return cast("AsyncGenerator[Event[S]]", self._begin(on, prompt, state=state, seed=seed, budget=budget).events())
+        order = Order(prompt=prompt, state=state, seed=seed, budget=budget)
+        return cast("AsyncGenerator[Event[S]]", self._starter.begin(on, order).events())
 
     def start(
         self,
@@ -203,9 +193,8 @@ class Program(Generic[S]):
         budget: Budget | None = None,
     ) -> Search[S]:
         """A search to step by hand; see `Search`."""
-        seed = random.getrandbits(53) if seed is None else seed
-        loop = self._begin(on, prompt, state=state, seed=seed, budget=budget, is_saved=True)
-        return Search(loop, lambda: Codec(self._state_type))
+        order = Order(prompt=prompt, state=state, seed=seed, budget=budget)
+        return Search(self._starter.begin(on, order, is_saved=True), lambda: self._starter.codec)
 
     def reopen(self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None) -> Search[S]:
         """A search to step by hand from its journal, or from what `Search.save` wrote; the file goes on with it.
@@ -215,7 +204,7 @@ class Program(Generic[S]):
         Raises:
             SnapshotError: as for `resume`.
         """
-        return Search(self._reopen(Path(path), on, budget), lambda: Codec(self._state_type))
+        return Search(self._starter.reopen(Path(path), on, budget), lambda: self._starter.codec)
 
     def map(
         self,
@@ -261,109 +250,8 @@ class Program(Generic[S]):
                 result.close()
             raise
 
-    def _begin(
-        self,
-        on: Engine | Branch,
-        prompt: Prompt,
-        *,
-        state: S,
-        seed: int | None,
-        budget: Budget | None,
-        journal: PathLike[str] | str | None = None,
-        is_saved: bool = False,
-    ) -> SearchLoop:
-        """Check the arguments and set a search up; nothing is run and nothing made yet."""
-        if not is_prompt(prompt):
-            raise ProgramError(f"the prompt is {prompt!r}: give text, or a list of messages with role and content")
-        self._check_state(state)
-        engine, origin = _engine_of(on)
-        log: Log | None = None
-        if journal is not None or is_saved:
-            seed = random.getrandbits(53) if seed is None else seed
-            header = functools.partial(self._header, engine, origin, prompt, state=state, seed=seed, budget=budget)
-            log = Log(header, file=create(Path(journal), header(), Codec(self._state_type)) if journal else None)
-        return self._loop_for(engine, origin, prompt, state=state, seed=seed, budget=budget, log=log)
-
-    def _loop_for(
-        self,
-        engine: Engine,
-        origin: Branch | None,
-        prompt: Prompt,
-        *,
-        state: S,
-        seed: int | None,
-        budget: Budget | None,
-        log: Log | None,
-    ) -> SearchLoop:
-        loop = self._operations[1]
-        run = Run(
-            engine,
-            seed=seed,
-            meter=Meter(engine, budget),
-            on_error=self._on_error,
-            scores=[operation for operation in loop.body if isinstance(operation, Score)],
-            wants_logprobs=loop.strategy.wants_logprobs,
-        )
-        return SearchLoop(self._operations, run, origin=origin, prompt=prompt, state=state, log=log)
-
-    def _header(
-        self,
-        engine: Engine,
-        origin: Branch | None,
-        prompt: Prompt,
-        *,
-        state: S,
-        seed: int | None,
-        budget: Budget | None,
-    ) -> dict[str, Any]:
-        """The first line of a journal: what must not change, and what the search was started with."""
-        codec = Codec(self._state_type)
-        return self._identity(engine, origin) | {
-            "seed": seed,
-            "prompt": prompt,
-            "root": codec.dump(state),
-            "budget": None if budget is None else asdict(budget),
-        }
-
-    def _identity(self, engine: Engine, origin: Branch | None) -> dict[str, Any]:
-        """What must be the same where a journal is gone on from."""
-        loop = self._operations[1]
-        options = [
-            [source.cue, source.width, asdict(source.sampling), source.prior, source.function is not None]
-            for source in loop.sources
-        ]
-        return {
-            "journal": VERSION,
-            "model": engine.spec.name,
-            "strategy": str(loop.strategy),
-            "sources": json.loads(json.dumps(options, default=str)),
-            "functions": functions_of(loop),
-            "state": Codec(self._state_type).schema,
-            "origin": None if origin is None else _digest(origin.token_ids),
-        }
-
-    def _reopen(self, path: Path, on: Engine | Branch, budget: Budget | None) -> SearchLoop:
-        """Check a journal and set its search up."""
-        engine, origin = _engine_of(on)
-        header, lines = read(path)
-        check_same(header, self._identity(engine, origin), path)
-        codec = Codec(self._state_type)
-        if budget is None and header["budget"] is not None:
-            budget = Budget(**header["budget"])
-        log = Log(lambda: header, codec, file=Journal(path, codec), lines=lines)
-        state = cast("S", codec.load(header["root"]))
-        return self._loop_for(
-            engine, origin, header["prompt"], state=state, seed=header["seed"], budget=budget, log=log
-        )
-
-    def _check_state(self, state: S) -> None:
-        if not fits(type(state), self._state_type):
-            wanted = getattr(self._state_type, "__qualname__", str(self._state_type))
-            given = "none was given" if state is None else f"it was given a {type(state).__qualname__}"
-            raise ProgramError(f"the program's functions take Node[{wanted}], and {given}: pass state={wanted}(...)")
-
     async def _drained(self, loop: SearchLoop, *, progress: bool = False) -> Result[S]:
-        with ProgressBar(str(self._operations[1].strategy)) if progress else nullcontext() as bar:
+        with ProgressBar(str(self._starter.operations[1].strategy)) if progress else nullcontext() as bar:
             async for event in loop.events():
                 if bar is not None:
                     bar.saw(event)
@@ -371,7 +259,7 @@ class Program(Generic[S]):
         return cast("Result[S]", loop.result)
 
     def __repr__(self) -> str:
-        return f"<Program {self._operations[1].strategy}>"
+        return f"<Program {self._starter.operations[1].strategy}>"
 
 
 def compile(  # noqa: A001 - the name users know
@@ -404,17 +292,3 @@ def compile(  # noqa: A001 - the name users know
     except ProgramError as error:
         error.add_note(f"compiled in {caller.f_code.co_filename}:{caller.f_lineno}")
         raise
-
-
-def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:
-    from dendrite.engine.branch import Branch  # noqa: PLC0415 - whoever runs a program has loaded this; compiling must not
-
-    if isinstance(on, Branch):
-        return on.engine, on
-    if not hasattr(on, "agenerate"):
-        raise ProgramError(f"a program runs on an Engine or a Branch, not on {on!r}")
-    return on, None
-
-
-def _digest(token_ids: Sequence[int]) -> str:
-    return hashlib.sha256(repr(list(token_ids)).encode()).hexdigest()[:16]

@@ -24,10 +24,10 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, *, console: Console | None = None) -> None:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+        from rich import progress  # noqa: PLC0415 - only where somebody wants to look
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, auto_refresh=False)
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())
+        self._progress = progress.Progress(*columns, console=console, auto_refresh=False)
         self._title = title
         self._task = self._progress.add_task(title)
         self._drawn_at = 0.0

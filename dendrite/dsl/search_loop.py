@@ -262,7 +262,9 @@ class SearchLoop:
                 told = Selected(tuple(step.id for step in survivors))
             case Reflect() | Vote():
                 assert flight.task is not None, "it was started"
-                told = flight.task.result()  # type: ignore[assignment]
+                said = flight.task.result()
+                assert not isinstance(said, Brood), "only expansions bring children"
+                told = said
         if isinstance(ask, Reflect) and isinstance(told, Reflected) and not ask.is_kept:
             run.reflections.append(told.text.strip())
         if self._log is not None:
@@ -332,4 +334,6 @@ class SearchLoop:
 
 def _brood(flight: _Flight) -> Brood:
     assert flight.task is not None, "expansions are started"
-    return flight.task.result()  # type: ignore[return-value]
+    brood = flight.task.result()
+    assert isinstance(brood, Brood), "expansions bring children"
+    return brood

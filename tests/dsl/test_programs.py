@@ -1,4 +1,8 @@
-"""The programs of the agreed surface (tests/typing/programs.py) run as they are written."""
+"""The programs of the agreed surface (tests/typing/programs.py) run as they are written: on a script, and on the model.
+
+What is put in place of the file's own words: its three dots by a grammar; around the model, budgets, because the file
+sets none; and the engine stays open after the file's first `with`, since most programs stand below it.
+"""
 
 import contextlib
 import sys
@@ -13,54 +17,89 @@ import dendrite as dd
 from dendrite.testing import Reply, scripted_engine
 
 SOURCE = Path(__file__).parent.parent / "typing" / "programs.py"
+ACTS = 'start: ("search " | "finish ") /[a-z]{1,8}/'
+IN_PLACE = {'"..."': repr(ACTS)}
+BUDGETS = {
+    '"Use 4 9 10 13 to make 24.")': '"Use 4 9 10 13 to make 24.", budget=dd.Budget(nodes=10, tokens=100))',
+    '"Plan a trip."}])': '"Plan a trip."}], budget=dd.Budget(tokens=60))',
+    'start(engine, "Plan:")': 'start(engine, "Plan:", budget=dd.Budget(tokens=100))',
+    "max_tokens=64": "max_tokens=16",
+    "max_tokens=100": "max_tokens=24",
+}
+"""Call -> the same with a budget."""
 
 
 def script(text: str) -> Reply:
     if text.endswith("Step:"):
         return [" 1 + 2 = 3\n", " 4 * 6 = 24\n"]
+    if text.endswith("Act:"):
+        return ["search a", "finish b"]
     return {"yes": 0.5, " yes": 0.2, " sure": 0.2, "no": 0.1}
 
 
-@pytest.fixture
-def engine() -> Iterator[dd.Engine]:
-    with scripted_engine(script) as engine:
-        yield engine
-        engine.check_integrity()
+def rewritten(text: str, changes: dict[str, str]) -> str:
+    """The file with the changes, each of which has its place in it."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
-@pytest.fixture
-def programs(engine: dd.Engine, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The file, executed from its first line to its last on the scripted engine; a person always says 1."""
+def executed(engine: dd.Engine, text: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The file from its first line to its last on an engine; a person always says 1."""
     monkeypatch.setattr(dd.Engine, "load", classmethod(lambda cls, name: contextlib.nullcontext(engine)))
     monkeypatch.setattr("builtins.input", lambda: "1")
     module = ModuleType("surface_programs")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(SOURCE.read_text(), str(SOURCE), "exec"), vars(module))  # noqa: S102 - our own file
+    exec(compile(text, str(SOURCE), "exec"), vars(module))  # noqa: S102 - our own file
     return module
 
 
-def test_every_program_runs(programs: ModuleType, engine: dd.Engine) -> None:
+@pytest.fixture(params=["scripted", "real"])
+def engine(request: pytest.FixtureRequest, real_model_folder: Path) -> Iterator[dd.Engine]:
+    script_or_model: contextlib.AbstractContextManager[dd.Engine] = (
+        scripted_engine(script) if request.param == "scripted" else dd.Engine.load(str(real_model_folder), seed=1)
+    )
+    with script_or_model as engine:
+        yield engine
+        engine.check_integrity()
+
+
+def test_every_program_runs(
+    engine: dd.Engine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Those that the file only compiles are run too; its empty functions are given something to say."""
-    names: Any = programs
+    is_real = request.node.callspec.params["engine"] == "real"
+    text = rewritten(SOURCE.read_text(), IN_PLACE | BUDGETS if is_real else IN_PLACE)
+    names: Any = executed(engine, text, monkeypatch)
     names.prm = _rewards
     names.legal = lambda game: ["1 + 3", "2 + 2"] if len(game.left) > 1 else []
     names.play = lambda game, move: names.Game(game.left[1:])
-    game = names.Game((4, 9, 10))
-    runs = [
-        names.dfs.run(engine, "", state=game),
-        names.refine.run(engine, "Write.", state=names.Code()),
-        names.majority.run(engine, "Count."),
-        names.mcts.run(engine, "Count.", budget=dd.Budget(nodes=20)),
-        names.hitl.run(engine, "Plan."),
-        names.solver.run(engine, "", state=game),
-        names.tiny.run(engine, "Go.", budget=dd.Budget(nodes=10)),
-        names.mixed.run(engine, "", state=game),
-    ]
-    for result in runs:
+    game, budget = names.Game((4, 9, 10)), dd.Budget(nodes=10, tokens=100)
+    runs = {
+        "simple": names.simple.run(engine, "Use 4 9 10 13 to make 24.", budget=budget),
+        "dfs": names.dfs.run(engine, "", state=game),
+        "lats": names.lats.run(engine, "Where is it warm?", state=names.Trip(), budget=budget),
+        "refine": names.refine.run(engine, "Write.", state=names.Code(), budget=dd.Budget(tokens=24)),
+        "majority": names.majority.run(engine, "Count.", budget=dd.Budget(tokens=100)),
+        "mcts": names.mcts.run(engine, "Count.", budget=budget),
+        "chat": names.chat.run(engine, "Plan a trip.", budget=budget),
+        "hitl": names.hitl.run(engine, "Plan.", budget=budget),
+        "solver": names.solver.run(engine, "", state=game),
+        "tiny": names.tiny.run(engine, "Go.", budget=budget),
+        "mixed": names.mixed.run(engine, "", state=game),
+    }
+    for name, result in runs.items():
         with result:
-            assert result.best.depth >= 1, result
-    with pytest.raises(dd.CallbackError, match="grammar"):  # of that one it is three dots
-        names.lats.run(engine, "Go.", state=names.Trip())
+            assert result.best.depth >= 1, name
+            texts = [node.text for node in list(result.tree)[1:] if node.status != "dropped"]
+            if name in ("dfs", "solver", "mixed"):
+                assert set(texts) <= {"1 + 3", "2 + 2"}, name
+            if name == "lats":
+                assert all(said.startswith(("search ", "finish ")) for said in texts if " " in said)
+    names.search.result().close()
+    for branch in (names.a, names.b, names.root):
+        branch.prune()
 
 
 async def _rewards(texts: list[str]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, ProgramFacts, Strategy, Told
@@ -107,7 +108,7 @@ class MCTS(Strategy[MCTSState]):
         asks += [Expand(play.tip.id, width=1) for play in state.rollouts if not play.is_asked]
         state = replace(state, rollouts=tuple(replace(play, is_asked=True) for play in state.rollouts))
         while state.num_awaited < self.parallel and state.num_started < self.iterations:
-            leaf = leaf_by(state.tree, StepId(0), lambda parent, child: self._urgency(state, parent, child))  # noqa: B023
+            leaf = leaf_by(state.tree, StepId(0), partial(self._urgency, state))
             if leaf is None:
                 break
             seen = state.tree[leaf]
