@@ -20,11 +20,11 @@ SOURCE = Path(__file__).parent.parent / "typing" / "programs.py"
 ACTS = 'start: ("search " | "finish ") /[a-z]{1,8}/'
 IN_PLACE = {'"..."': repr(ACTS)}
 BUDGETS = {
-    '"Use 4 9 10 13 to make 24.")': '"Use 4 9 10 13 to make 24.", budget=dd.Budget(nodes=10, tokens=100))',
-    '"Plan a trip."}])': '"Plan a trip."}], budget=dd.Budget(tokens=60))',
-    'start(engine, "Plan:")': 'start(engine, "Plan:", budget=dd.Budget(tokens=100))',
-    "max_tokens=64": "max_tokens=16",
-    "max_tokens=100": "max_tokens=24",
+    '"Use 4 9 10 13 to make 24.")': '"Use 4 9 10 13 to make 24.", budget=dd.Budget(nodes=5))',
+    '"Plan a trip."}])': '"Plan a trip."}], budget=dd.Budget(tokens=16))',
+    'start(engine, "Plan:")': 'start(engine, "Plan:", budget=dd.Budget(nodes=5))',
+    "max_tokens=64": "max_tokens=8",
+    "max_tokens=100": "max_tokens=12",
 }
 """Call -> the same with a budget."""
 
@@ -65,9 +65,7 @@ def engine(request: pytest.FixtureRequest, real_model_folder: Path) -> Iterator[
         engine.check_integrity()
 
 
-def test_every_program_runs(
-    engine: dd.Engine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_every_program_runs(engine: dd.Engine, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Those that the file only compiles are run too; its empty functions are given something to say."""
     is_real = request.node.callspec.params["engine"] == "real"
     text = rewritten(SOURCE.read_text(), IN_PLACE | BUDGETS if is_real else IN_PLACE)
@@ -75,18 +73,17 @@ def test_every_program_runs(
     names.prm = _rewards
     names.legal = lambda game: ["1 + 3", "2 + 2"] if len(game.left) > 1 else []
     names.play = lambda game, move: names.Game(game.left[1:])
-    game, budget = names.Game((4, 9, 10)), dd.Budget(nodes=10, tokens=100)
+    game = names.Game((4, 9, 10))
+    few, short = dd.Budget(nodes=5), dd.Budget(tokens=16)
     runs = {
-        "simple": names.simple.run(engine, "Use 4 9 10 13 to make 24.", budget=budget),
         "dfs": names.dfs.run(engine, "", state=game),
-        "lats": names.lats.run(engine, "Where is it warm?", state=names.Trip(), budget=budget),
-        "refine": names.refine.run(engine, "Write.", state=names.Code(), budget=dd.Budget(tokens=24)),
-        "majority": names.majority.run(engine, "Count.", budget=dd.Budget(tokens=100)),
-        "mcts": names.mcts.run(engine, "Count.", budget=budget),
-        "chat": names.chat.run(engine, "Plan a trip.", budget=budget),
-        "hitl": names.hitl.run(engine, "Plan.", budget=budget),
+        "lats": names.lats.run(engine, "Where is it warm?", state=names.Trip(), budget=dd.Budget(nodes=4, tokens=48)),
+        "refine": names.refine.run(engine, "Write.", state=names.Code(), budget=short),
+        "majority": names.majority.run(engine, "Count."),
+        "mcts": names.mcts.run(engine, "Count.", budget=few),
+        "hitl": names.hitl.run(engine, "Plan.", budget=few),
         "solver": names.solver.run(engine, "", state=game),
-        "tiny": names.tiny.run(engine, "Go.", budget=budget),
+        "tiny": names.tiny.run(engine, "Go.", budget=short),
         "mixed": names.mixed.run(engine, "", state=game),
     }
     for name, result in runs.items():
