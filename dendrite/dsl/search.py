@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, cast
 
 from dendrite.dsl.codec import Codec
+from dendrite.dsl.events import Event
 from dendrite.dsl.fronts import iterated
 from dendrite.dsl.node import Node
 from dendrite.dsl.result import Result
@@ -41,6 +42,14 @@ class Search(Generic[S]):
                 self._frontier = cast("Sequence[Node[S]]", event.nodes)
                 yield self._frontier
                 self._frontier = ()
+
+    def events(self) -> Generator[Event[S]]:
+        """What happens, as `Program.stream` tells it, in place of stepping by hand; the last event has the result."""
+        return cast("Generator[Event[S]]", self._events)
+
+    def aevents(self) -> AsyncGenerator[Event[S]]:
+        """`events` for asyncio. Wrap it in `contextlib.aclosing` where the loop may be left early."""
+        return cast("AsyncGenerator[Event[S]]", self._loop.events())
 
     def keep(self, nodes: Sequence[Node[S]]) -> None:
         """Choose the survivors of the frontier that was yielded last, best first.

@@ -244,11 +244,80 @@ def test_nodes_drive_the_tree(engine: Engine) -> None:
 
 
 async def test_they_do_in_async_graphs_too(engine: Engine) -> None:
-    """And tell the custom stream what was generated."""
+    """And tell the custom stream what is generated, by the token; nothing of several candidates is a message."""
     graph = driven_graph(engine)
-    told = [event async for event in graph.astream({}, stream_mode="custom")]
-    assert [event["index"] for event in told] == [0, 1, 2, 3]
+    parts = [part async for part in graph.astream({}, stream_mode=["custom", "messages"])]
+    assert {mode for mode, _ in parts} == {"custom"}
+    told = [event for _, event in parts]
+    ended = [event for event in told if event["type"] == "dendrite.generated"]
+    assert [event["index"] for event in ended] == [0, 1, 2, 3]
+    for index, event in enumerate(ended):
+        pieces = [piece["text"] for piece in told if piece["type"] == "dendrite.token" and piece["index"] == index]
+        assert "".join(pieces) == event["text"]
+        assert len(pieces) > 1
     assert len((await graph.ainvoke({}))["branches"]) == 2
+
+
+class Talk(TypedDict, total=False):
+    messages: Annotated[list[AnyMessage], add_messages]
+    branches: list[str]
+    texts: list[str]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_only_branch_speaks_as_a_chat_model_does(engine: Engine, is_async: bool) -> None:
+    """Token by token in both streams, the message in the state is the streamed one, and callbacks see a model."""
+    builder = StateGraph(Talk)
+    builder.add_node("fork", fork_node(1, engine=engine, prompt=lambda state: "Count."))
+    builder.add_node("say", generate_node(engine=engine, max_tokens=4, messages="messages"))
+    builder.add_edge(START, "fork")
+    builder.add_edge("fork", "say")
+    graph: Any = builder.compile()
+    modes = ["messages", "custom", "values"]
+    if is_async:
+        parts = [part async for part in graph.astream({}, stream_mode=modes)]
+    else:
+        parts = list(graph.stream({}, stream_mode=modes))
+    chunks = [part[0] for mode, part in parts if mode == "messages"]
+    custom = [part["text"] for mode, part in parts if mode == "custom" and part["type"] == "dendrite.token"]
+    state = parts[-1][1]
+    assert len(custom) > 1
+    assert [chunk.text for chunk in chunks if chunk.text] == custom
+    assert "".join(custom) == state["texts"][0] == state["messages"][0].text
+    assert {chunk.id for chunk in chunks} == {state["messages"][0].id}
+    assert state["messages"][0].usage_metadata["output_tokens"] >= len(custom)
+    assert state["messages"][0].response_metadata["finish_reason"] == "eos"
+    with open_handle(engine, state["branches"][0]) as branch:
+        assert branch.text.endswith(state["texts"][0])
+
+
+def test_a_seed_gives_the_same_texts_but_not_one_text(engine: Engine) -> None:
+    """The same handles get the same, run after run; each branch draws for itself."""
+    builder = StateGraph(Driven)
+    builder.add_node("generate", generate_node(engine=engine, max_tokens=4, temperature=1.0, seed=1))
+    builder.add_edge(START, "generate")
+    graph = builder.compile()
+    with engine.root("Count.", seed=1) as root:
+        handles = [handle_of(fork) for fork in root.fork(8)]
+    texts = graph.invoke({"branches": handles})["texts"]
+    assert texts == graph.invoke({"branches": handles})["texts"]
+    assert len(set(texts)) > 1
+
+
+async def test_a_generation_that_is_left_leaves_nothing() -> None:
+    """Of one branch, and of several: the first token is seen, then the stream is closed."""
+    with scripted_engine(lambda text: " 1" * 3000 + "\n") as slow:
+        for num in (1, 3):
+            builder = StateGraph(Driven)
+            builder.add_node("fork", fork_node(num, engine=slow, prompt=lambda state: "Count."))
+            builder.add_node("generate", generate_node(engine=slow, max_tokens=6000))
+            builder.add_edge(START, "fork")
+            builder.add_edge("fork", "generate")
+            events: Any = builder.compile().astream({}, stream_mode="custom")
+            assert (await anext(events))["type"] == "dendrite.token"
+            await events.aclose()
+            assert slow.stats().branches == 0
+        slow.check_integrity()
 
 
 def test_forks_draw_differently_and_one_prefill_serves_them(engine: Engine) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing, closing
-from dataclasses import dataclass, field
+import contextvars
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from dendrite.dsl.events import Event
 from dendrite.dsl.meter import Usage
 from dendrite.dsl.node import Node
 from dendrite.dsl.program import Program
@@ -17,8 +16,8 @@ from dendrite.dsl.records import Budget
 from dendrite.dsl.result import Result, Stopped, Tree
 from dendrite.dsl.types import Prompt, S
 from dendrite.engine.errors import ProgramError
-from dendrite.integrations.langgraph.handles import handle_of
-from dendrite.integrations.langgraph.sources import EngineSource, NodeEngine, current_runtime, run_seed
+from dendrite.integrations.langgraph.search_once import Memory, SearchOnce
+from dendrite.integrations.langgraph.sources import EngineSource, NodeEngine, current_runtime, run_path, run_seed
 
 Update = Mapping[str, object]
 
@@ -80,7 +79,8 @@ def search_node(
         graph.add_node("plan", search_node(program, engine=engine, prompt=..., update=...))
 
     It works in sync and async graphs. What happens in the search goes to the `custom` stream; nothing but what `update`
-    returns reaches the state, or the `messages` stream. A retry searches the same way again; a cancelled node leaves
+    returns reaches the state, or the `messages` stream. The search runs once: a retry of what fails in `update`, and
+    the resumption of an `interrupt()` there, also in another process, reopen what was found. A cancelled node leaves
     no branch behind. The search holds no K/V once it has ended.
 
     Args:
@@ -98,73 +98,38 @@ def search_node(
         CallbackError, EngineError: as for `program.run`.
     """
     source = NodeEngine(engine)
+    memory = Memory()
 
-    def arguments(values: object) -> tuple[Any, dict[str, Any], _Watch]:
+    def begun(values: object) -> tuple[SearchOnce[S], tuple[object, ...]]:
         runtime = current_runtime()
         given: dict[str, Any] = {"seed": run_seed(runtime) if seed is None else seed, "budget": budget}
         if state is not None:
             given["state"] = state(values)
-        return source.get(runtime), {"prompt": prompt(values), **given}, _Watch(runtime.stream_writer)
+        on, asked = source.get(runtime), prompt(values)
+        here = contextvars.copy_context()  # where the stream's writer knows which node it is of
 
-    def run(values: object) -> Update:
-        on, given, watch = arguments(values)
-        with closing(program.stream(on, **given)) as events:
-            for event in events:
-                watch.see(event)
-        return watch.updated(update)
+        def write(event: object) -> None:
+            here.run(runtime.stream_writer, event)
 
-    async def arun(values: object) -> Update:
-        on, given, watch = arguments(values)
-        async with aclosing(program.astream(on, **given)) as events:
-            async for event in events:
-                watch.see(event)
-        return watch.updated(update)
+        return SearchOnce(program, on, lambda: program.start(on, asked, **given), write), run_path(runtime)
 
-    return RunnableLambda(run, afunc=arun, name="search")
-
-
-@dataclass(slots=True)
-class _Watch:
-    """Tells the custom stream what happens and keeps handles of branches while they are live."""
-
-    write: Callable[[object], None]
-    handles: dict[Node[Any], str] = field(default_factory=dict)
-    result: Result[Any] | None = None
-
-    def see(self, event: Event[Any]) -> None:
-        if event.kind == "done":
-            self.result = event.result
-            self._keep([event.node])
-        elif event.kind in ("round", "goal"):
-            self._keep([event.node, *event.nodes])
-        self.write(_told(event))
-
-    def updated(self, update: Callable[[Found[Any]], Update]) -> Update:
-        assert self.result is not None, "a search that ended without an error has its result"
-        with self.result:
-            made = update(Found(self.result, self.handles))
+    def updated(once: SearchOnce[S], result: Result[S]) -> Update:
+        with result:
+            made = update(Found(result, once.handles))
         if not isinstance(made, Mapping):
             raise ProgramError(f"update() returned {made!r}: return a dict of the state's keys")
         return made
 
-    def _keep(self, nodes: Sequence[Node[Any]]) -> None:
-        for node in nodes:
-            if node not in self.handles and node.branch.status != "pruned":
-                self.handles[node] = handle_of(node.branch)
+    def run(values: object) -> Update:
+        once, key = begun(values)
+        made = updated(once, memory.complete(once, key))
+        memory.forget(key)
+        return made
 
+    async def arun(values: object) -> Update:
+        once, key = begun(values)
+        made = updated(once, await memory.acomplete(once, key))
+        memory.forget(key)
+        return made
 
-def _told(event: Event[Any]) -> dict[str, object]:
-    """An event as plain values, which every stream and server can carry."""
-    told: dict[str, object] = {
-        "type": "dendrite.search",
-        "kind": event.kind,
-        "node": event.node.name,
-        "depth": event.node.depth,
-        "text": event.node.text,
-        "value": event.node.value,
-    }
-    if event.nodes:
-        told["nodes"] = [node.name for node in event.nodes]
-    if event.detail:
-        told["detail"] = event.detail
-    return told
+    return RunnableLambda(run, afunc=arun, name="search")

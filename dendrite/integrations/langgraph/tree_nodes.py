@@ -9,9 +9,8 @@ a retry, and leave no branch behind, however they end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableLambda
 from langgraph.types import interrupt
@@ -21,15 +20,10 @@ from dendrite.dsl.fronts import Waiter
 from dendrite.dsl.run import as_messages
 from dendrite.dsl.types import Prompt
 from dendrite.engine.branch import Branch
-from dendrite.engine.config import SamplingOptions
-from dendrite.engine.engine import Engine
 from dendrite.engine.errors import RequestError
-from dendrite.engine.generation import Generation
-from dendrite.integrations.langgraph.handles import Snapshot, handle_of, open_all
+from dendrite.integrations.langgraph.branch_lists import State, Update, listed, opened_branches
+from dendrite.integrations.langgraph.handles import Snapshot, handle_of
 from dendrite.integrations.langgraph.sources import EngineSource, NodeEngine, current_runtime, run_path
-
-State = Mapping[str, Any]
-Update = dict[str, object]
 
 
 def fork_node(
@@ -68,47 +62,6 @@ def fork_node(
     return RunnableLambda(run, name="fork")
 
 
-def generate_node(
-    *,
-    engine: EngineSource,
-    branches: str = "branches",
-    texts: str = "texts",
-    **sampling: Unpack[SamplingOptions],
-) -> Runnable[Any, Any]:
-    """A node that generates onto all the branches in one batch, and puts their new handles in the old ones' place.
-
-    Each finished text goes to the `custom` stream too. Without `seed=` a branch draws by its handle and this execution
-    of the node: the same in a retry, something new in a replay.
-
-    Args:
-        engine: an Engine, a name, or a function of the Runtime.
-        branches: the state's key of the handles.
-        texts: the key that the generated texts are put under, in the same order.
-        sampling: as for `Engine.generate`.
-    """
-    source = NodeEngine(engine)
-
-    def told(opened: Sequence[Branch], generations: Sequence[Generation]) -> Update:
-        write = current_runtime().stream_writer
-        for index, generation in enumerate(generations):
-            event = {"index": index, "text": generation.text, "finish_reason": generation.finish_reason}
-            write({"type": "dendrite.generated", **event})
-        return {
-            branches: [handle_of(branch) for branch in opened],
-            texts: [generation.text for generation in generations],
-        }
-
-    def run(state: State) -> Update:
-        with _opened(source, state, branches, is_drawn=True) as (on, opened):
-            return told(opened, on.generate(opened, **sampling))
-
-    async def arun(state: State) -> Update:
-        with _opened(source, state, branches, is_drawn=True) as (on, opened):
-            return told(opened, await on.agenerate(opened, **sampling))
-
-    return RunnableLambda(run, afunc=arun, name="generate")
-
-
 def score_node(
     choice: Choice, *, engine: EngineSource, branches: str = "branches", scores: str = "scores"
 ) -> Runnable[Any, Any]:
@@ -130,11 +83,11 @@ def score_node(
         return {scores: list(await asyncio.gather(*(_expected(choice, branch) for branch in opened)))}
 
     async def arun(state: State) -> Update:
-        with _opened(source, state, branches) as (_, opened):
+        with opened_branches(source, state, branches) as (_, opened):
             return await scored(opened)
 
     def run(state: State) -> Update:
-        with _opened(source, state, branches) as (_, opened), Waiter() as waiter:
+        with opened_branches(source, state, branches) as (_, opened), Waiter() as waiter:
             return waiter.wait(scored(opened))
 
     return RunnableLambda(run, afunc=arun, name="score")
@@ -155,9 +108,9 @@ def prune_node(
         raise RequestError(f"prune_node({keep}): give 1 or more")
 
     def run(state: State) -> Update:
-        values = _listed(state, scores)
+        values = listed(state, scores)
         order = sorted(range(len(values)), key=lambda index: -values[index])[:keep]
-        columns = {name: _listed(state, name) for name in (branches, scores, *also)}
+        columns = {name: listed(state, name) for name in (branches, scores, *also)}
         for name, column in columns.items():
             if len(column) != len(values):
                 raise RequestError(f"{name!r} has {len(column)} entries and {scores!r} has {len(values)}")
@@ -181,7 +134,7 @@ def pick_node(
     """
 
     def run(state: State) -> Update:
-        offered = _listed(state, branches)
+        offered = listed(state, branches)
         entries = [entry for entry in offered if isinstance(entry, Mapping)]
         question = {
             "type": "dendrite.pick",
@@ -204,25 +157,3 @@ async def _expected(choice: Choice, branch: Branch) -> float:
         if choice.question:
             asked.append(str(choice.question))
         return choice.reading(await asked.ascore_tokens(choice.continuations(branch.text)))
-
-
-@contextmanager
-def _opened(
-    source: NodeEngine, state: State, key: str, *, is_drawn: bool = False
-) -> Iterator[tuple[Engine, list[Branch]]]:
-    """The branches of the state's handles, pruned at the end."""
-    runtime = current_runtime()
-    engine = source.get(runtime)
-    opened = open_all(engine, _listed(state, key), path=run_path(runtime) if is_drawn else ())
-    try:
-        yield engine, opened
-    finally:
-        for branch in opened:
-            branch.prune()
-
-
-def _listed(state: State, key: str) -> list[Any]:
-    found = state.get(key)
-    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
-        raise RequestError(f"the state has no list under {key!r}: it has {found!r}")
-    return list(found)
