@@ -108,7 +108,7 @@ async def _start(
 
 def _forks(run: Run, parent: Step, proposal: Proposal) -> Sequence[Branch]:
     """The cue once, on a fork of the node; a fork of that for every child."""
-    num = run.meter.take_nodes(proposal.width)
+    num = run.meter.take_nodes(proposal.width, count_live=run.count_live)
     seed = run.seed_for(parent, "expand", parent.num_proposals)
     parent.num_proposals += 1
     assert parent.branch is not None, "nodes of a run have branches"

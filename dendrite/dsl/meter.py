@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -58,7 +59,8 @@ class Meter:
         self._num_reserved = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._holds_too_much = False
-        self._has_refused = False
+        self.has_refused = False
+        """Whether something was asked for that the budget did not allow."""
         self.num_tokens = 0
         self.num_nodes = 0
 
@@ -73,7 +75,7 @@ class Meter:
         if is_idle and any(limit is not None and count >= limit for count, limit in limits):
             return True
         seconds = self.seconds_left()
-        return self._has_refused or self._holds_too_much or (seconds is not None and seconds <= 0)
+        return self.has_refused or self._holds_too_much or (seconds is not None and seconds <= 0)
 
     def reserve_tokens(self, wanted: int) -> int:
         """Take up to `wanted` tokens out of the budget for one generation.
@@ -96,7 +98,7 @@ class Meter:
         """
         while not (granted := self.reserve_tokens(wanted)) and wanted > 0:
             if not self._num_reserved:
-                self._has_refused = True
+                self.has_refused = True
                 raise OutOfBudget("the budget of tokens ended")
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -112,11 +114,15 @@ class Meter:
                 waiter.set_result(None)
         self._waiters.clear()
 
-    def take_nodes(self, wanted: int) -> int:
-        """Count up to `wanted` new nodes; how many the budget allows."""
-        limit = self._budget.nodes
-        granted = wanted if limit is None else max(0, min(wanted, limit - self.num_nodes))
-        self._has_refused |= granted < wanted
+    def take_nodes(self, wanted: int, *, count_live: Callable[[], int]) -> int:
+        """Count up to `wanted` new nodes; how many the budget allows beside those whose branches are live."""
+        granted, budget = wanted, self._budget
+        if budget.nodes is not None:
+            granted = min(granted, budget.nodes - self.num_nodes)
+        if budget.branches is not None:
+            granted = min(granted, budget.branches - count_live())
+        granted = max(0, granted)
+        self.has_refused |= granted < wanted
         self.num_nodes += granted
         return granted
 
@@ -146,7 +152,7 @@ class Meter:
     def lift(self) -> None:
         """The run is over: what users ask its nodes from now on is their own."""
         self._budget = Budget()
-        self._holds_too_much = self._has_refused = False
+        self._holds_too_much = self.has_refused = False
 
     def usage(self) -> Usage:
         """What was spent until now."""

@@ -98,9 +98,12 @@ class Budget:
     """Wall-clock time; what is being generated when it ends is cancelled."""
     kv_bytes: int | None = None
     """Most bytes of K/V that the search may hold, checked between its operations."""
+    branches: int | None = None
+    """Most nodes whose branches are live at once, the root's among them; never exceeded. Temporary branches, such as
+    those of questions, do not count. A search that asks for one more ends, even if others were about to be pruned."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "nodes", "seconds", "kv_bytes"):
+        for name in ("tokens", "nodes", "seconds", "kv_bytes", "branches"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise ProgramError(f"Budget({name}={limit!r}) allows nothing: give a number above 0, or None")

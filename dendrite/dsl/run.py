@@ -165,6 +165,10 @@ class Run:
         """Whether the node's branch can still be used."""
         return step.branch in self._branches
 
+    def count_live(self) -> int:
+        """Nodes whose branches can still be used."""
+        return sum(map(self.is_live, self.steps))
+
     def close(self, keep: Sequence[Step] = ()) -> None:
         """End the run: prune all that it made but the branches of `keep`, deepest first, and forget the nodes.
 

@@ -323,7 +323,11 @@ class SearchLoop:
     def _finished(self) -> Result[object]:
         """The result, with all that the strategy was told; after a budget's end, with what was under way too."""
         best = self._best()
-        stopped = "goal" if best.status == "goal" else self._stopped or ("budget" if self._ran_out else "done")
+        stopped = (
+            "goal"
+            if best.status == "goal"
+            else self._stopped or ("budget" if self._ran_out or self._run.meter.has_refused else "done")
+        )
         steps = [step for step in self._run.steps if step.is_told or stopped == "budget"]
         for step in steps:
             if not step.is_told and step.status == "open":

@@ -51,7 +51,7 @@ def test_nodes_are_never_exceeded(engine: dd.Engine, nodes: int) -> None:
 
 def test_an_ample_budget_changes_nothing(engine: dd.Engine) -> None:
     """The same search as without one."""
-    ample = dd.Budget(tokens=10_000, nodes=10_000, seconds=10_000, kv_bytes=10**9)
+    ample = dd.Budget(tokens=10_000, nodes=10_000, seconds=10_000, kv_bytes=10**9, branches=100)
     trees = []
     for budget in (None, ample):
         with PROGRAM.run(engine, "Go.", seed=1, budget=budget) as result:
@@ -67,6 +67,30 @@ def test_a_budget_that_is_just_enough_is_enough(engine: dd.Engine) -> None:
     with PROGRAM.run(engine, "Go.", seed=1, budget=dd.Budget(nodes=nodes)) as result:
         assert result.stopped == "done"
         assert result.tree.to_json() == tree
+
+
+@pytest.mark.parametrize("branches", [1, 3, 5, 9, 11])
+def test_live_branches_are_never_exceeded(engine: dd.Engine, branches: int) -> None:
+    """The search ends where it would need one more; the best it has by then is its result."""
+    live: list[int] = []
+    for event in PROGRAM.stream(engine, "Go.", budget=dd.Budget(branches=branches)):
+        live.append(sum(branch.status != "pruned" for branch in all_branches(event.node)))
+        if event.kind == "done":
+            assert event.result is not None
+            assert event.result.stopped == "budget"
+            event.result.close()
+    assert max(live) <= branches
+
+
+def all_branches(node: dd.Node) -> list[dd.Branch]:
+    """Those of the whole search that a node belongs to."""
+    root = node.branch
+    while root.parent is not None:
+        root = root.parent
+    found = [root]
+    for branch in found:
+        found += branch.children
+    return found
 
 
 def test_memory_ends_a_search(engine: dd.Engine) -> None:
@@ -156,7 +180,7 @@ def test_a_result_may_be_asked_beyond_the_budget(engine: dd.Engine) -> None:
     assert asyncio.run(main()) == " a long answer to whatever was asked"
 
 
-@pytest.mark.parametrize("limit", [{"tokens": 0}, {"nodes": -1}, {"seconds": 0.0}, {"kv_bytes": 0}])
+@pytest.mark.parametrize("limit", [{"tokens": 0}, {"nodes": -1}, {"seconds": 0.0}, {"kv_bytes": 0}, {"branches": 0}])
 def test_budgets_that_allow_nothing_are_refused(limit: dict[str, int]) -> None:
     """By the name of the limit."""
     with pytest.raises(dd.ProgramError, match=next(iter(limit))):
