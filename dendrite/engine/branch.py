@@ -32,7 +32,7 @@ class Branch:
         print(a.generate(max_tokens=16).text)
     """
 
-    __slots__ = ("__weakref__", "_children", "engine", "parent", "record", "value")
+    __slots__ = ("__weakref__", "_children", "engine", "parent", "record")
 
     def __init__(self, engine: Engine, record: BranchRecord, parent: Branch | None) -> None:
         self.engine: Engine = engine
@@ -40,8 +40,6 @@ class Branch:
         """The engine's side of this branch; not for users."""
         self.parent: Branch | None = parent
         """The branch this one was forked from; None for a root."""
-        self.value: float | None = None
-        """Whatever the user thinks of it; searches keep their scores here."""
         self._children: weakref.WeakValueDictionary[int, Branch] | None = None  # most branches are never forked
 
     # --- the tree ----------------------------------------------------------------------------------------------
@@ -55,6 +53,18 @@ class Branch:
     def depth(self) -> int:
         """Forks between the root and this branch."""
         return self.record.tip.depth or 0
+
+    @property
+    def value(self) -> float | None:
+        """Whatever the user thinks of it; searches keep their scores here.
+
+        Where memory is short, idle branches of low value leave the pool before those of high value or of none.
+        """
+        return self.record.tip.value
+
+    @value.setter
+    def value(self, value: float | None) -> None:
+        self.record.tip.value = value
 
     @property
     def status(self) -> Status:

@@ -139,18 +139,7 @@ class Guard:
 
     def discard(self, error: IntegrityError) -> None:
         """Drops the K/V of the damaged block's nodes and of all below them; none of them is on a running path."""
-        doomed = self._holders(BlockId(error.block))
-        for node in doomed:  # grows while it is walked: parents before children
-            doomed.extend(child for child in node.children.values() if child not in doomed)
-        for node in reversed(doomed):
-            if not node.is_live or node in self._tree.cache:
-                continue  # gone with its parent, or going
-            if node.stored is not None:
-                self._swap.drop(node.stored)
-            node.hidden = {}
-            self._tree.unload(node, None)
-        if any(node.is_live and node in self._tree.cache for node in doomed):
-            self._tree.clear_cache()
+        self._tree.discard(BlockId(error.block))
         self._sums.pop(error.block, None)
 
     def _compare(self, blocks: Sequence[BlockId]) -> list[BlockId]:

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dendrite.engine.batch import Batch
 from dendrite.engine.errors import (
     DendriteError,
     EngineClosed,
@@ -43,7 +44,7 @@ from dendrite.engine.errors import (
 from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
-from dendrite.engine.ids import NodeId
+from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.integrity import Guard
 from dendrite.engine.masks import Masks
 from dendrite.engine.nodes import KVNode, Tip
@@ -249,18 +250,27 @@ class StepLoop:
     def _recover(self, step: Step, error: Exception) -> None:
         """Ends every call that was running, its branches rolled back, after a step that may have stopped anywhere.
 
-        The tree counts on the step's copies, so they are made again: nobody wrote into the sources below what is
-        copied.
+        The tree counts on the step's copies, so they are made again. A source that was given up in this step may be
+        another's by now, and written to: what was to be copied from there is computed again.
         """
         failure = StepFailed(f"a step failed, and the calls that ran in it: {type(error).__name__}: {error}")
         failure.__cause__ = error
         with self.lock:
             self._flights.clear()
-            if step.batch is not None:
-                self._runner.mover.copy_blocks(step.batch.copies)
+            lost = self._copy_again(step.batch) if step.batch is not None else []
             for group in self.scheduler.open_groups():
                 if any(request.is_running for request in group.requests):
                     self._end_group(group, failure)
+            for block in lost:
+                self.tree.discard(block)
+
+    def _copy_again(self, batch: Batch) -> list[BlockId]:
+        """Makes the copies whose sources are as they were; the destinations of the others."""
+        size = self.tree.pool.block_size
+        written = {slot // size for slot in batch.slots} | {destination for _, destination in batch.copies}
+        safe = [(source, destination) for source, destination in batch.copies if source not in written]
+        self._runner.mover.copy_blocks(safe)
+        return [destination for source, destination in batch.copies if source in written]
 
     def _step(self) -> None:
         """One heartbeat: schedule → run → sample → commit."""

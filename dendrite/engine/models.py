@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,16 +215,37 @@ def _one_thread_if_small(folder: Path) -> Iterator[None]:
 
     On two cores that others used too, this took a load from 25 s to 2 s.
     """
-    threads = torch.get_num_threads()
     small = sum(path.stat().st_size for path in weight_files(folder)) <= SMALL_BYTES
-    if not small:
+    with _THREADS.one() if small else nullcontext():
         yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+
+
+class _Threads:
+    """PyTorch's number of threads, which is the process's and each thread's; loads that overlap share what it was."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+        self._before = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One thread while it is entered; then as many as before the first of those that overlap."""
+        with self._lock:
+            if not self._num_users:
+                self._before = torch.get_num_threads()
+            self._num_users += 1
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                torch.set_num_threads(self._before)
+
+
+_THREADS = _Threads()
+"""There is one number of threads, so there is one of these."""
 
 
 @contextmanager

@@ -177,6 +177,22 @@ class NodeStore:
         node.num_placed = node.num_computed = 0
         node.epoch += 1
 
+    def discard(self, block_id: BlockId) -> None:
+        """Drops the K/V of every node that holds the block, and of all below them; the tokens stay."""
+        doomed = [node for node in self.nodes.values() if block_id in node.blocks]
+        for node in doomed:  # grows while it is walked: parents before children
+            doomed.extend(child for child in node.children.values() if child not in doomed)
+        for node in doomed:
+            if node.is_live and node in self.cache:
+                self._evict_children(node, lambda _: True)
+                self._evict(node)
+        for node in sorted(doomed, key=lambda node: node.start, reverse=True):
+            if node.is_live:
+                if node.stored is not None:
+                    self._drop_stored(node.stored)
+                node.hidden = {}
+                self.unload(node, None)
+
     # --- eviction ----------------------------------------------------------------------------------------------
 
     def make_room(self, num: int) -> None:

@@ -69,7 +69,7 @@ class KVNode:
 class Tip:
     """Where a branch ends: after `offset` tokens of `node`."""
 
-    __slots__ = ("depth", "node", "num_ahead", "offset", "status")
+    __slots__ = ("depth", "node", "num_ahead", "offset", "status", "value")
 
     def __init__(self, node: KVNode, offset: int) -> None:
         self.node = node
@@ -77,6 +77,7 @@ class Tip:
         self.num_ahead = 0  # last tokens that are drawn but not known yet; see `KVTree.look_ahead`
         self.status: Status = "idle"
         self.depth: int | None = None  # in the user's tree; None for what no user holds
+        self.value: float | None = None  # what the user thinks of it; the least valuable leave a full pool first
 
     @property
     def length(self) -> int:

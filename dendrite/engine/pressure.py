@@ -1,7 +1,10 @@
-"""Makes room in a pool that is too small: what idle branches hold leaves it, least recently used leaves first.
+"""Makes room in a pool that is too small: what idle branches hold leaves it, the least valuable leaves first.
 
     busy     root ── a ── a1        runs, or is about to
     idle          └─ b ── b1, b2    b1 goes first, then b2, then b; root and a stay
+
+A node is worth what the best branch at it or below it is worth to the user. Where that is equal, or unknown, which
+counts as more than any value, the least recently used goes first.
 
 A node goes only when nothing below it is in the pool, and comes back only when everything above it is, so a path is
 always in the pool from the root to somewhere. Its tokens stay, so nobody who holds it notices.
@@ -10,6 +13,7 @@ always in the pool from the root to somewhere. Its tokens stay, so nobody who ho
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 
 from dendrite.engine.ids import BlockId, NodeId
@@ -39,15 +43,16 @@ class Pressure:
             return True
         kept = _nodes_above(busy)
         num_below = self._placed_children()
+        worth = self._worth()
         leaves = [
-            (node.last_used, node.node_id)
+            (worth[node.node_id], node.last_used, node.node_id)
             for node in self._tree.nodes.values()
             if node.num_placed and node.node_id not in kept and node not in self._tree.cache
             if not num_below.get(node.node_id)
         ]
         heapq.heapify(leaves)
         while leaves and pool.num_available < num:
-            last_used, node_id = heapq.heappop(leaves)
+            _, last_used, node_id = heapq.heappop(leaves)
             node = self._tree.nodes[node_id]
             self.move_out(node)
             parent = node.parent
@@ -56,7 +61,7 @@ class Pressure:
             parent.last_used = max(parent.last_used, last_used)
             num_below[parent.node_id] -= 1
             if not num_below[parent.node_id] and parent.node_id not in kept:
-                heapq.heappush(leaves, (parent.last_used, parent.node_id))
+                heapq.heappush(leaves, (worth[parent.node_id], parent.last_used, parent.node_id))
         return pool.num_available >= num
 
     def move_out(self, node: KVNode) -> None:
@@ -86,6 +91,18 @@ class Pressure:
                 self._tree.unload(node, None)
                 raise
         node.stored = None
+
+    def _worth(self) -> dict[NodeId, float]:
+        """What each node is worth: the greatest value of a branch that ends at it or below it."""
+        worth = dict.fromkeys(self._tree.nodes, -math.inf)
+        for tip in self._tree.tips:
+            value = math.inf if tip.value is None else tip.value
+            worth[tip.node.node_id] = max(worth[tip.node.node_id], value)
+        for node in sorted(self._tree.nodes.values(), key=lambda node: node.start, reverse=True):  # children first
+            if node.parent is not None:
+                above = node.parent.node_id
+                worth[above] = max(worth[above], worth[node.node_id])
+        return worth
 
     def _placed_children(self) -> dict[NodeId, int]:
         """How many held children of each node are in the pool."""

@@ -139,12 +139,21 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step, with all its slots placed.
 
-        A request that finds no block for a token (another branch took the shared tail it had counted on) is in
-        `failed`; the step is still good for the others.
+        A request that finds no block for a token (another branch took the shared tail it had counted on) goes back to
+        the queue, or is in `failed` if nothing else runs; the step is still good for the others.
         """
         self._num_steps += 1
         failed = self._admit()
-        builder = _StepBuilder(self._tree, self._pressure)
+        step = self._next_step()
+        while self._preempt(step) and not (step.batch or step.reads):
+            step = self._next_step()
+        step.failed += failed
+        is_idle = all(request.is_waiting for request in self.running)
+        assert step.batch or step.reads or step.failed or is_idle, "nothing can be done for what runs"
+        return step
+
+    def _next_step(self) -> Step:
+        builder = _StepBuilder(self._tree, self._pressure, self._busy_with(()))
         ready = [request for request in self.running if not request.is_waiting]
         decoding = [request for request in ready if isinstance(request, GenerateRequest) and _decodes(request)]
         ends = accumulate(request.num_pending for request in decoding)
@@ -160,10 +169,32 @@ class Scheduler:
                 break
             if not (isinstance(request, GenerateRequest) and _decodes(request)):
                 budget -= builder.add_request(request, budget=budget)
-        step = builder.build()
-        step.failed += failed
-        assert step.batch or step.reads or step.failed or not ready, "nothing can be done for what runs"
-        return step
+        return builder.build()
+
+    def _preempt(self, step: Step) -> bool:
+        """Sends generations that found no block back to the queue while others run; whether there was one.
+
+        They are those that were served last, the least important. What is left alone has the pool to itself, since the
+        K/V of those that wait may leave it; so somebody always goes on.
+        """
+        starved = [
+            request
+            for request, error in step.failed
+            if isinstance(error, OutOfBlocks) and isinstance(request, GenerateRequest) and request.is_running
+        ]
+        sent_back = starved[::-1][: len(self.running) - 1]
+        for request in sent_back:
+            group = request.group
+            assert group is not None
+            self.running.remove(request)
+            request.is_running = False
+            request.tip.status = next_status(request.tip.status, "preempt")
+            group.queued.insert(0, request)
+            if group not in self._queue:
+                self._queue.appendleft(group)
+        back = set(map(id, sent_back))
+        step.failed = [(request, error) for request, error in step.failed if id(request) not in back]
+        return bool(sent_back)
 
     def commit(self, step: Step, hidden: object) -> None:
         """Marks what the step computed, unless it was rolled back meanwhile, and keeps each run's last hidden row.
@@ -260,9 +291,10 @@ class _StepBuilder:
     copies are made before the pass.
     """
 
-    def __init__(self, tree: KVTree, pressure: Pressure) -> None:
+    def __init__(self, tree: KVTree, pressure: Pressure, busy: Sequence[Tip] = ()) -> None:
         self._tree = tree
         self._pressure = pressure
+        self._busy = busy  # what may not leave the pool to make room
         self._runs: dict[NodeId, Run] = {}
         self._queries: dict[tuple[NodeId, int], Run] = {}
         self._copies: list[tuple[BlockId, BlockId]] = []
@@ -276,10 +308,8 @@ class _StepBuilder:
         """Adds what fits of the request; returns how many rows that took."""
         rows = self._num_rows
         try:
-            if isinstance(request, ScoreRequest):
-                self._add_score(request, budget)
-            else:
-                self._add_last(request, budget)
+            while not self._has_added(request, budget):
+                pass
         except OutOfBlocks as error:
             self._failed.append((request, error))
         except AssertionError:
@@ -289,6 +319,23 @@ class _StepBuilder:
             failure.__cause__ = error
             self._failed.append((request, failure))
         return self._num_rows - rows
+
+    def _has_added(self, request: Request, budget: int) -> bool:
+        """Adds what fits; False if it should be tried again, since idle branches have made room for it.
+
+        Raises:
+            OutOfBlocks: no room can be made.
+        """
+        try:
+            if isinstance(request, ScoreRequest):
+                self._add_score(request, budget)
+            else:
+                self._add_last(request, budget)
+        except OutOfBlocks as error:
+            if not (self._busy and self._pressure.make_room(error.needed, self._busy)):
+                raise
+            return False
+        return True
 
     def build(self) -> Step:
         """The step made of what was added."""

@@ -130,6 +130,10 @@ class KVTree:
         """Takes a held node out of the pool; nothing held below it is there. `stored` is where its K/V is now."""
         self._store.unload(node, stored)
 
+    def discard(self, block_id: BlockId) -> None:
+        """Drops the K/V of every node that holds the block, and of all below them; the tokens stay."""
+        self._store.discard(block_id)
+
     def clear_cache(self) -> None:
         """Frees everything that nobody holds."""
         self._store.clear_cache()

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
+from dendrite.engine.batch import Batch, Plan
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import StepFailed
+from dendrite.engine.ids import BlockId
+from dendrite.engine.scheduler import Step
 from dendrite.testing import scripted_engine
 from dendrite.testing.runner import ScriptedMover, ScriptedRunner
 from tests.engine.test_pressure import reply
@@ -108,4 +111,24 @@ def test_a_failed_step_leaves_every_branch_of_its_calls_as_it_was(monkeypatch: p
         with scripted_engine(reply) as other:
             same = other.root("the plan", seed=1).fork(3)
             assert again == [out.text for out in other.generate(same, max_tokens=6, temperature=1.0)]
+        engine.check_integrity()
+
+
+def test_a_copy_whose_source_was_given_away_is_not_made_again() -> None:
+    """A step fails after it wrote where a copy came from: the copy, and what lies below it, is computed again."""
+    with scripted_engine(reply) as engine:
+        branch = engine.root("the plan", seed=1).fork().append(" is long enough for this")
+        child = branch.fork().append(" and goes on")
+        wanted = [each.fork().generate(max_tokens=6).text for each in (branch, child)]
+        runner = engine.core.loop._runner
+        assert isinstance(runner, ScriptedRunner)
+        copied, source = branch.record.tip.node.blocks[2], BlockId(90)
+        slots = [source * 4, source * 4 + 1]
+        for slot in slots:
+            runner.tokens[slot], runner.positions[slot] = 7, 0
+        batch = Batch([7, 7], [0, 1], slots, Plan(2, ()), [(source, copied)], [])
+        engine.core.loop._recover(Step(batch, [], []), RuntimeError("injected"))
+        assert branch.parent is not None
+        assert engine.stats().physical_tokens == branch.parent.num_tokens
+        assert [each.fork().generate(max_tokens=6).text for each in (branch, child)] == wanted
         engine.check_integrity()

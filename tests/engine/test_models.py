@@ -1,6 +1,8 @@
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig
 
 from dendrite.engine.errors import ModelError
-from dendrite.engine.models import load_model
+from dendrite.engine.models import _THREADS, load_model
 from dendrite.engine.probe import probe
 from dendrite.engine.structure import check_modules
 from tests.models_zoo import CONTEXT_LENGTH, EXACT, EXPERTS, VOCAB_SIZE, family_config, save_tiny_model, tiny_config
@@ -399,3 +401,29 @@ def test_the_default_model_answers(real_model_folder: Path) -> None:
     tokens = torch.tensor([tokenizer.encode(prompt)])
     output = model.generate(tokens, max_new_tokens=8, do_sample=False)  # type: ignore[misc]  # its `self` is mistyped
     assert str(tokenizer.decode(output[0])).endswith("The capital of France is Paris.<|im_end|>")
+
+
+def test_loads_that_overlap_leave_the_number_of_threads_as_it_was() -> None:
+    """The first ends while the second is on its way, on another thread."""
+    before = torch.get_num_threads()
+    first_is_in, first_is_out = threading.Event(), threading.Event()
+
+    def first() -> int:
+        with _THREADS.one():
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        first_is_out.set()
+        return torch.get_num_threads()
+
+    def second() -> int:
+        assert first_is_in.wait(10)
+        with _THREADS.one():
+            second_is_in.set()
+            assert first_is_out.wait(10)
+        return torch.get_num_threads()
+
+    second_is_in = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(work) for work in (first, second)]
+        assert [task.result() for task in tasks] == [before, before]
+    assert torch.get_num_threads() == before

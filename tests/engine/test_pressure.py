@@ -13,6 +13,7 @@ from dendrite.engine.engine import Engine
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.pressure import Pressure
+from dendrite.engine.scheduler import Scheduler, Step
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 from dendrite.testing import scripted_engine
@@ -160,6 +161,62 @@ def test_the_least_recently_used_leaves_go_first_and_parents_after_them() -> Non
         [True, True, True, True],
     ]
     tree.check_integrity()
+
+
+def test_the_least_valuable_branches_go_first() -> None:
+    """Whenever they were used; a parent is worth its best child, and a branch without a value is kept longest."""
+    tree, pressure = small_tree()
+    root, _ = tree.new_root([1, 2, 3, 4])
+    leaves = [tree.fork(root) for _ in range(4)]
+    for index, (leaf, value) in enumerate(zip(leaves, (0.5, None, 0.1, 0.9), strict=True)):
+        leaf.value = value
+        tree.extend(leaf, [10 + index] * 4)
+        compute(tree, leaf)
+        leaf.node.last_used = index
+    twig = tree.fork(leaves[2])
+    twig.value = 0.7
+    tree.extend(twig, [20] * 4)
+    compute(tree, twig)
+    gone: list[int] = []
+    nodes = [*(leaf.node for leaf in leaves), twig.node, root.node]
+    for wanted in range(tree.pool.num_available + 1, tree.pool.num_total + 1):
+        assert pressure.make_room(wanted, [])
+        gone += [index for index, node in enumerate(nodes) if node.stored is not None and index not in gone]
+    assert gone == [0, 4, 2, 3, 1, 5]
+    tree.check_integrity()
+
+
+@pytest.mark.parametrize("swap_memory", [None, 0])
+def test_running_out_in_the_middle_of_decoding_sends_branches_back_to_the_queue(
+    monkeypatch: pytest.MonkeyPatch, swap_memory: int | None
+) -> None:
+    """Admission never lets that happen; without it, ten branches in a pool for three still end with their own texts."""
+
+    def all_of_it(engine: Engine) -> list[str]:
+        kids = engine.root("the plan that everything hangs on:", seed=5).fork(10)
+        return [out.text for out in engine.generate(kids, max_tokens=40, temperature=1.0, ignore_eos=True)]
+
+    def long_reply(text: str) -> dict[str, float]:
+        return {chr(97 + (len(text) * step) % 26) * 50: 1.0 for step in (3, 5, 7)}
+
+    with scripted_engine(long_reply) as engine:
+        wanted = all_of_it(engine)
+    num_preempted = 0
+    preempt = Scheduler._preempt
+
+    def counted(self: Scheduler, step: Step) -> bool:
+        nonlocal num_preempted
+        has_preempted = preempt(self, step)
+        num_preempted += has_preempted
+        return has_preempted
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    monkeypatch.setattr(Scheduler, "_demand_with", lambda self, chosen: 0)
+    with scripted_engine(long_reply, num_blocks=40, swap_memory=swap_memory) as engine:
+        assert all_of_it(engine) == wanted
+        assert num_preempted > 3
+        assert engine.stats().tokens_swapped_out > 0
+        engine.check_integrity()
 
 
 def test_a_path_that_is_busy_stays() -> None:
