@@ -50,6 +50,12 @@ class DeviceHead(Head):
             parts = [self._launch_part(reads[first : first + ROWS_AT_ONCE], hidden) for first in cuts]
             return _Flight(self._launcher, reads, parts)
 
+    def close(self) -> None:
+        """See `Head.close`; gives the graphs' memory back."""
+        self._launcher.synchronize()
+        self._graphs.clear()
+        super().close()
+
     def _launch_part(self, reads: Sequence[Read], hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities of up to `ROWS_AT_ONCE` reads, on their way."""
         num = len(reads)

@@ -46,6 +46,11 @@ class KVPool:
         """The same memory by block: [2, num_kv_heads, num_blocks + 1, block_size * head_dim]."""
         self._factors: Tensor | None = None  # of `digests`, made when somebody asks
 
+    def close(self) -> None:
+        """Give the memory back, whoever still holds the pool."""
+        self.data = self.data.new_empty(0)
+        self.layers = self.layer_blocks = ()
+
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Keep the K/V of the step's rows.
 

@@ -140,6 +140,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Drop the model and the pool; the runner cannot be used again."""
+        self._pool.close()
         del self._decoder, self._head, self._backend, self._pool, self.mover
 
     def _tensor(self, numbers: list[int]) -> Tensor:

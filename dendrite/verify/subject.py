@@ -62,8 +62,11 @@ class Recorder:
         self._runner = runner
 
     def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
-        """Compute a step."""
-        return self._runner.run(batch, drawn)
+        """Compute a step, and wait for it: what follows on the host reads it on another stream than it is made on."""
+        hidden = self._runner.run(batch, drawn)
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over hidden states, kept if someone records."""

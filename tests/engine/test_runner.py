@@ -117,6 +117,16 @@ def test_no_output_rows() -> None:
     assert hidden.shape == (0, 32)
 
 
+def test_a_closed_runner_keeps_no_memory() -> None:
+    """The pool's memory is given back even while somebody holds the pool."""
+    runner = make_runner(EXACT["llama"]())
+    pool = runner._pool
+    assert pool.data.numel()
+    runner.close()
+    assert not pool.data.numel()
+    assert not pool.layers
+
+
 def test_a_pool_too_small_for_a_block_is_refused() -> None:
     """Memory for less than one usable block is an error that says what a block takes."""
     spec = make_runner(EXACT["llama"]()).spec
