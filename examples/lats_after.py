@@ -4,8 +4,6 @@ A tree of answers: the most promising one is revised in several ways, each revis
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -49,7 +47,7 @@ def build(llm: ChatDendrite) -> Any:
         while leaf.children:
             leaf = max(leaf.children, key=Node.uct)
         asked = [*leaf.messages, REVISE] if leaf.parent else leaf.messages
-        replies = [answer.message for answer in llm.generate([asked], n=WIDTH).generations[0]]
+        replies = llm.batch([asked] * WIDTH)
         grading = [[HumanMessage(f"Rate this from 0 to 9, as a digit: {reply.text}")] for reply in replies]
         grades = llm.batch(grading, max_tokens=2)
         for reply, grade in zip(replies, grades, strict=True):
@@ -71,23 +69,11 @@ def back_up(node: Node | None, grade: float) -> None:
         node.visits, node.value, node = node.visits + 1, node.value + grade, node.parent
 
 
-def answers(node: Node) -> Iterator[Node]:
-    """All answers of the tree."""
-    for child in node.children:
-        yield child
-        yield from answers(child)
-
-
-def main(build: Callable[[ChatDendrite], Any], **options: Any) -> None:
-    """Run the graph and say what it took."""
-    with ChatDendrite(temperature=0.8, max_tokens=24, **options) as llm:
-        engine = llm.open()
-        began = time.perf_counter()
-        best = max(answers(build(llm).invoke({})["root"]), key=lambda node: node.value / node.visits)
-        seconds, stats = time.perf_counter() - began, engine.stats()
-        print(f"{best.messages[-1].text}")
-        print(f"{seconds:.1f} s, {stats.tokens_computed} tokens computed, {stats.tokens_sampled} sampled")
+def answers(node: Node) -> list[Node]:
+    return [found for child in node.children for found in (child, *answers(child))]
 
 
 if __name__ == "__main__":
-    main(build)
+    with ChatDendrite(temperature=0.8, max_tokens=24) as llm:
+        best = max(answers(build(llm).invoke({})["root"]), key=lambda node: node.value / node.visits)
+        print(best.messages[-1].text)

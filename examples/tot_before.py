@@ -4,8 +4,6 @@ Candidates fan out with `Send`; each is continued by separate calls of the model
 """
 
 import re
-import time
-from collections.abc import Callable
 from typing import Annotated, Any, TypedDict
 
 from langchain_core.messages import HumanMessage
@@ -70,15 +68,6 @@ def distance(steps: str) -> float:
     return abs(24 - int(reached[-1])) if reached else float("inf")
 
 
-def main(build: Callable[[ChatDendrite], Any], **options: Any) -> None:
-    """Run the graph and say what it took."""
-    with ChatDendrite(temperature=0.8, max_tokens=24, **options) as llm:
-        engine = llm.open()
-        began = time.perf_counter()
-        best = build(llm).invoke({"numbers": "4 5 6 10"})["kept"][0]
-        seconds, stats = time.perf_counter() - began, engine.stats()
-        print(f"{best}\n{seconds:.1f} s, {stats.tokens_computed} tokens computed, {stats.tokens_sampled} sampled")
-
-
 if __name__ == "__main__":
-    main(build)
+    with ChatDendrite(temperature=0.8, max_tokens=24) as llm:
+        print(build(llm).invoke({"numbers": "4 5 6 10"})["kept"][0])

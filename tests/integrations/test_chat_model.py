@@ -1,6 +1,8 @@
 """`ChatDendrite` on a scripted engine: what it computes, what its messages carry, how it refuses."""
 
 import asyncio
+import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +91,38 @@ def test_a_batch_is_one_batch_of_the_engine(engine: Engine, chat: ChatDendrite) 
     assert len(asyncio.run(chat.abatch([f"Tell {i}." for i in range(8)]))) == 8
     chat.generate([[HumanMessage(f"Ask {i}.")] for i in range(8)])
     assert engine.stats().steps - before < 2 * (2 * len("well said") + 8)
+
+
+async def test_answers_come_as_they_are_done_from_one_batch(engine: Engine, chat: ChatDendrite) -> None:
+    """The short one first, in the steps of the longest, and in no thread of its own."""
+    chat.invoke("Say 0.")
+    inputs = ["Which one?", "Say this.", "Which fruit?"]
+    before, threads = engine.stats().steps, threading.active_count()
+    seen: list[int] = []
+    for index, message in chat.batch_as_completed(inputs):
+        seen.append(index)
+        assert message.text
+        assert threading.active_count() <= threads + 1  # its own event loop, since this test has one running
+    assert sorted(seen) == [0, 1, 2]
+    assert seen[0] == 2
+    assert engine.stats().steps - before < 2 * len("well said") + 8
+    ended = [index async for index, _ in chat.abatch_as_completed(inputs, {"max_concurrency": 1})]
+    assert ended == [0, 1, 2]
+    assert not list(chat.batch_as_completed([]))
+
+
+def test_a_batch_as_completed_ends_early_and_fails_alone(engine: Engine, chat: ChatDendrite) -> None:
+    """Leaving the loop ends the others; an exception is raised, or given back with its index."""
+    for _ in chat.batch_as_completed(["Say.", "Say this.", "Which fruit?"]):
+        break
+    gc.collect()
+    assert engine.stats().branches == 0
+    image = HumanMessage([{"type": "image", "url": "file:cat.png"}])
+    ended = dict(chat.batch_as_completed(["Say.", [image]], return_exceptions=True))
+    assert isinstance(ended[1], RequestError)
+    assert isinstance(ended[0], AIMessage)
+    with pytest.raises(RequestError, match="image"):
+        list(chat.batch_as_completed(["Say.", [image]]))
 
 
 def test_a_batch_gives_exceptions_back_if_asked(chat: ChatDendrite) -> None:

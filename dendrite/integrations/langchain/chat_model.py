@@ -9,22 +9,22 @@ from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Self, cast
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from dendrite.dsl.fronts import Waiter
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import RequestError
 from dendrite.engine.generation import Generation
 from dendrite.integrations.engines import ENGINES, EngineSettings, Lease
 from dendrite.integrations.langchain import structured
+from dendrite.integrations.langchain.batches import BatchedChatModel
 from dendrite.integrations.langchain.bound_tools import BoundTools
 from dendrite.integrations.langchain.calls import Calls
 from dendrite.integrations.langchain.options import SETTINGS, CallOptions, call_options, remote_only
@@ -32,7 +32,7 @@ from dendrite.integrations.langchain.response_format import structured_response
 from dendrite.integrations.langchain.structured import Schema
 
 
-class ChatDendrite(BaseChatModel):
+class ChatDendrite(BatchedChatModel):
     """A chat model that runs in this process, for everything that takes one.
 
         chat = ChatDendrite(model="smollm2-135m-instruct", temperature=0.8)
@@ -154,6 +154,12 @@ class ChatDendrite(BaseChatModel):
                 self._others[model] = (lease, Calls(lease.engine))
             return self._others[model][1]
 
+    async def _acalls_on(self, model: object) -> Calls:
+        """`_calls_on` beside the event loop, where an engine may have to be loaded."""
+        if self._calls is not None and (model is None or model == self.model):
+            return self._calls
+        return await asyncio.to_thread(self._calls_on, model)
+
     # --- calls -------------------------------------------------------------------------------------------------
 
     def _options_of(self, stop: Sequence[str] | None, given: Mapping[str, object]) -> CallOptions:
@@ -180,7 +186,7 @@ class ChatDendrite(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self._options_of(stop, kwargs)
-        calls = await asyncio.to_thread(self._calls_on, kwargs.get("model"))
+        calls = await self._acalls_on(kwargs.get("model"))
         with calls.open(messages, options) as running:
             generations = await calls.engine.agenerate(running.branches, **running.sampling)
             return running.answers.result(generations)
@@ -212,7 +218,7 @@ class ChatDendrite(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         options = _single(self._options_of(stop, kwargs))
-        calls = await asyncio.to_thread(self._calls_on, kwargs.get("model"))
+        calls = await self._acalls_on(kwargs.get("model"))
         ended: list[Generation] = []
         with calls.open(messages, options) as running:
             answer = running.answers.streamed()
@@ -231,33 +237,6 @@ class ChatDendrite(BaseChatModel):
         """
         n = kwargs.get("n") or self.n
         return super()._streaming_disabled(**kwargs) or (n != 1 and not kwargs.get("stream"))
-
-    # --- many at once ------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        messages: list[list[BaseMessage]],
-        stop: list[str] | None = None,
-        callbacks: Callbacks = None,
-        **kwargs: Any,
-    ) -> LLMResult:
-        """See `BaseChatModel.generate`; several conversations run in one batch of the engine."""
-        if len(messages) == 1:
-            return super().generate(messages, stop, callbacks, **kwargs)
-        with Waiter() as waiter:
-            return waiter.wait(self.agenerate(messages, stop, callbacks, **kwargs))
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """See `Runnable.batch`; the inputs run in one batch of the engine, not in threads."""
-        with Waiter() as waiter:
-            return waiter.wait(self.abatch(inputs, config, return_exceptions=return_exceptions, **kwargs))
 
     # --- tools and schemas -------------------------------------------------------------------------------------
 
