@@ -181,6 +181,10 @@ class EngineConfig(_Settings):
     block_size: int = Field(16, ge=1, le=256, description="give a whole number of tokens from 1 to 256")
     seed: int = Field(0, description="give a whole number")
     deterministic: bool = Field(False, description="give True or False")
+    prefix_cache: Path | None = Field(None, description="give a folder, which is made if it is missing, or None")
+    """Where prefixes are kept for later processes."""
+    prefix_cache_size: int = Field(4 << 30, ge=1, description='give bytes as a whole number or a string like "2GiB"')
+    """Bytes of files there; the least recently used go first."""
     integrity: Integrity = Field("off", description='give "off", "canary" or "checksum"')
     """What is checked of the K/V that steps read; see `engine/integrity.py`."""
     prefill_chunk: int | None = Field(None, ge=1, description="give a whole number of tokens, 1 or more, or None")
@@ -201,6 +205,8 @@ class EngineConfig(_Settings):
         seed: int = 0,
         deterministic: bool = False,
         integrity: str = "off",
+        prefix_cache: Path | str | None = None,
+        prefix_cache_size: int | str = "4GiB",
         prefill_chunk: int | None = None,
     ) -> Self:
         """Check the settings and freeze them; memory is in bytes or a string such as `"2GiB"` or `"500MB"`.
@@ -220,6 +226,8 @@ class EngineConfig(_Settings):
                 "seed": seed,
                 "deterministic": deterministic,
                 "integrity": integrity,
+                "prefix_cache": Path(prefix_cache).expanduser() if isinstance(prefix_cache, str) else prefix_cache,
+                "prefix_cache_size": prefix_cache_size,
                 "prefill_chunk": prefill_chunk,
             }
         )
@@ -231,7 +239,7 @@ class EngineConfig(_Settings):
             raise ValueError(str(cls.model_fields["swap_folder"].description))
         return value
 
-    @field_validator("kv_memory", "swap_memory", "swap_disk", mode="before")
+    @field_validator("kv_memory", "swap_memory", "swap_disk", "prefix_cache_size", mode="before")
     @classmethod
     def _bytes_of(cls, value: object) -> object:
         if not isinstance(value, str):

@@ -32,13 +32,14 @@ from dendrite.engine.integrity import Guard
 from dendrite.engine.loop import StepLoop
 from dendrite.engine.messages import Message
 from dendrite.engine.nodes import Tip
+from dendrite.engine.prefix_folder import PrefixFolder
 from dendrite.engine.prefixes import common_prefix
 from dendrite.engine.random import child_key, root_key
 from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import Group, ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.scheduler import Scheduler
-from dendrite.engine.snapshot import Snapshot, read_snapshot, write_snapshot
+from dendrite.engine.snapshot import Snapshot, flattened, read_snapshot, write_snapshot
 from dendrite.engine.states import explain, next_status
 from dendrite.engine.stats import Stats, take_stats
 from dendrite.engine.swap import SwapSpace
@@ -73,6 +74,9 @@ class Core:
             self._guard = Guard(self._tree, pool, self.swap, has_sums=config.integrity == "checksum")
         self._archive = Archive(self._tree, self.swap, runner.fingerprint)
         self._fingerprint = runner.fingerprint
+        self._prefixes: PrefixFolder | None = None
+        if config.prefix_cache is not None:
+            self._prefixes = PrefixFolder(config.prefix_cache, runner.fingerprint, max_bytes=config.prefix_cache_size)
         scheduler = Scheduler(self._tree, self.swap, prefill_chunk=config.prefill_chunk or runner.prefill_chunk)
         self.loop = StepLoop(runner, head, self._tree, scheduler, self._guard)
         self._lock = self.loop.lock
@@ -106,21 +110,44 @@ class Core:
             raise RequestError("the prompt is empty: give at least one token")
         self._check_length(len(tokens))
         chat = (tuple(messages), len(tokens)) if messages is not None else None
+        found = self._read_prefix(tokens) if self._prefixes is not None else None
         with self._lock:
             self.loop.check_open()
             self.loop.release_collected()
+            above = self._archive.rebuild(found) if found is not None else []
             tip, num_shared = self._tree.new_root(tokens, most_revived=self.loop.scheduler.num_spare)
             try:
                 self._check_blocks(tip)
             except OutOfBlocks:
                 self._tree.prune(tip)
                 raise
+            finally:
+                for record in above:  # what the new root does not begin on goes
+                    self._tree.prune(record.tip)
             self.loop.counters.num_shared += num_shared
             tip.depth = 0
             salt = child_key(root_key(self._seed), next(self._root_numbers)) if seed is None else root_key(seed)
             record = BranchRecord(tip, salt=salt, key=0, chat=chat)
-            record.num_cached = min(num_shared, self._tree.num_computed(tip))
+            record.num_cached = min(num_shared, self._tree.num_known_kv(tip))
             return record
+
+    def _read_prefix(self, tokens: Sequence[int]) -> Snapshot | None:
+        """What the folder has of a prompt, if that is more than the tree has, and a block or more."""
+        assert self._prefixes is not None
+        path, length = self._prefixes.longest(tokens)
+        with self._lock:
+            known = self._tree.longest_known(tokens)
+        if path is None or length <= known or length < self._tree.pool.block_size:
+            return None
+        return self._prefixes.read(path)
+
+    def keep_prefix(self, record: BranchRecord) -> None:
+        """Writes a computed branch to the folder of prefixes."""
+        assert self._prefixes is not None
+        with self._lock:
+            snapshot = self._archive.capture([(record, None, None)], kv=True)
+            tokens = self._tree.token_ids(record.tip)
+        self._prefixes.write(flattened(snapshot), tokens)
 
     def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:
         """`num` records at the same place, or at an earlier one; no block is touched."""

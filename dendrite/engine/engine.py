@@ -75,6 +75,8 @@ class Engine:
         seed: int = 0,
         deterministic: bool = False,
         integrity: str = "off",
+        prefix_cache: Path | str | None = None,
+        prefix_cache_size: int | str = "4GiB",
     ) -> Engine:
         """Loads a model and starts its step loop.
 
@@ -94,9 +96,13 @@ class Engine:
             deterministic: comes later; leave it False.
             integrity: "canary" checks with each step that every block it uses is its branch's own; "checksum" also
                 looks at a sample of the K/V that is read. What is wrong raises `IntegrityError`. "off" costs nothing.
+            prefix_cache: a folder of prefixes that processes share, made if it is missing: new roots begin on what is
+                there, and `cache_prefix` puts it there.
+            prefix_cache_size: bytes of files in it; the least recently used prefixes go first.
 
         Raises:
             RequestError: a setting out of range.
+            SnapshotError: the folder of prefixes cannot be made.
             ModelError: no such model, damaged files, or a family that this engine would not run exactly.
         """
         config = EngineConfig.of(
@@ -110,6 +116,8 @@ class Engine:
             seed=seed,
             deterministic=deterministic,
             integrity=integrity,
+            prefix_cache=prefix_cache,
+            prefix_cache_size=prefix_cache_size,
         )
         loaded = load_model(name, dtype=config.dtype, device=config.device)
         return cls.of(loaded.model, loaded.spec, HFTokenizer(loaded.tokenizer, loaded.eos_token_ids), config)
@@ -168,6 +176,47 @@ class Engine:
             EngineClosed, EngineDead: the engine runs no more.
         """
         return Branch(self, self.core.root(text, messages, token_ids, seed), None)
+
+    @overload
+    def cache_prefix(self, text: str) -> int: ...
+    @overload
+    def cache_prefix(self, *, messages: Sequence[Message]) -> int: ...
+    @overload
+    def cache_prefix(self, *, token_ids: Sequence[int]) -> int: ...
+    def cache_prefix(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+    ) -> int:
+        """Puts a prompt that many begin with, such as a system prompt, into the `prefix_cache` folder.
+
+        It is computed by the first process that asks. Every root that begins with it, in this process or a later one,
+        computes only what comes after it.
+
+        Args:
+            text: as for `root`.
+            messages: as for `root`; of other conversations that begin with them, all tokens up to where they differ.
+            token_ids: as for `root`.
+
+        Returns:
+            The tokens that had to be computed: 0 if the folder has all of it.
+
+        Raises:
+            RequestError: the engine was loaded without `prefix_cache`; also as for `root`.
+            SnapshotError: the file cannot be written.
+        """
+        if self.config.prefix_cache is None:
+            raise RequestError("there is no folder for prefixes: load the engine with prefix_cache=")
+        record = self.core.root(text, messages, token_ids, None)
+        with Branch(self, record, None) as root:
+            num_new = root.num_tokens - root.num_cached
+            if num_new:
+                with root.fork() as probe:
+                    probe.generate(max_tokens=1)
+                self.core.keep_prefix(record)
+            return num_new
 
     def generate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Generates onto every branch, all in one batch with whatever else is in flight.

@@ -15,8 +15,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,22 @@ class Snapshot:
         return max(ends)
 
 
+def flattened(snapshot: Snapshot) -> Snapshot:
+    """The same single branch with all of its path in one run."""
+    (branch,) = snapshot.branches
+    ends = [*(node.offset for node in snapshot.nodes[1:]), branch.offset]  # its nodes are a path, root first
+    tokens = [token for node, end in zip(snapshot.nodes, ends, strict=True) for token in node.token_ids[:end]]
+    parts: list[Tensor] = []
+    for node, end in zip(snapshot.nodes, ends, strict=True):
+        if node.kv is None:
+            break
+        parts.append(node.kv[:, :, :, :end])
+        if node.kv.shape[3] < end:
+            break
+    kv = torch.cat(parts, dim=3) if parts else None
+    return Snapshot(snapshot.model, [SavedNode(None, 0, tokens, kv)], [replace(branch, node=0, offset=len(tokens))])
+
+
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Writes the file, or leaves what is there as it is.
 
@@ -122,16 +139,9 @@ def read_snapshot(path: Path, model: str) -> Snapshot:
         SnapshotMismatch: written for another model.
         SnapshotError: the file cannot be read at all.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = _checked_manifest(path, file.metadata() or {}, model)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error}") from error
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        if isinstance(error, SnapshotError):
-            raise
-        raise SnapshotDamaged(f"{path} is cut off or no snapshot: {error}") from error
+    with _opened(path) as file:
+        manifest = _checked_manifest(path, file.metadata() or {}, model)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if _digest(tensors) != manifest["sha256"]:
         raise SnapshotDamaged(f"{path} was altered: its tensors are not those that were saved")
     nodes = [
@@ -139,6 +149,32 @@ def read_snapshot(path: Path, model: str) -> Snapshot:
         for index, node in enumerate(manifest["nodes"])
     ]
     return Snapshot(manifest["model"], nodes, [SavedBranch(**branch) for branch in manifest["branches"]])
+
+
+def read_tokens(path: Path, model: str) -> list[int]:
+    """The tokens of a file's first run, without its K/V; they are not held against their digest.
+
+    Raises:
+        SnapshotError: as `read_snapshot`.
+    """
+    with _opened(path) as file:
+        _checked_manifest(path, file.metadata() or {}, model)
+        tokens: list[int] = file.get_tensor("tokens.0").tolist()
+        return tokens
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file's parts, with an error of ours for each way that it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotDamaged(f"{path} is cut off or no snapshot: {error}") from error
 
 
 def _checked_manifest(path: Path, metadata: Mapping[str, str], model: str) -> dict[str, Any]:

@@ -166,6 +166,23 @@ class KVTree:
         pending = self.pending(tip)
         return pending[0][0].start + pending[0][0].num_computed if pending else tip.length
 
+    def num_known_kv(self, tip: Tip) -> int:
+        """How many tokens from the root on have their K/V, in the pool or out of it."""
+        node: KVNode | None = tip.node
+        offset, known = tip.offset, tip.length
+        while node is not None:
+            stored = node.stored if node.stored is not None and not node.stored.is_lost else None
+            num = stored.num_tokens if stored is not None else node.num_computed
+            if num < offset:
+                known = node.start + num
+            offset, node = node.offset, node.parent
+        return known
+
+    def longest_known(self, token_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt somebody's path begins with, and have their K/V."""
+        node, offset = longest_match(self._store.roots(token_ids[0]), token_ids, at_least=1)
+        return self.num_known_kv(Tip(node, offset)) if node is not None else 0
+
     def spans(self, node: KVNode, first: int, last: int) -> list[tuple[int, int]]:
         """The slots of the node's tokens `[first, last)`: ranges in order, blocks that lie side by side joined."""
         if node.spans is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # unit tests of decorated functions import this package and need no torch
@@ -27,6 +28,7 @@ def scripted_engine(
     swap_memory: int | None = None,
     swap_disk: int = 0,
     integrity: str = "off",
+    prefix_cache: Path | None = None,
 ) -> Engine:
     r"""A real engine whose model follows a script, a byte a token, and then ends its text.
 
@@ -49,6 +51,7 @@ def scripted_engine(
         swap_memory: bytes for what is moved out of the pool, 8 a token; None is four pools.
         swap_disk: bytes of files for what does not fit there.
         integrity: as for `Engine.load`.
+        prefix_cache: as for `Engine.load`.
     """
     from dendrite.engine.config import EngineConfig  # noqa: PLC0415 - with the engine comes torch
     from dendrite.engine.engine import Engine  # noqa: PLC0415
@@ -60,6 +63,11 @@ def scripted_engine(
         runner,
         ByteTokenizer(),
         EngineConfig.of(
-            block_size=block_size, seed=seed, swap_memory=swap_memory, swap_disk=swap_disk, integrity=integrity
+            block_size=block_size,
+            seed=seed,
+            swap_memory=swap_memory,
+            swap_disk=swap_disk,
+            integrity=integrity,
+            prefix_cache=prefix_cache,
         ),
     )
