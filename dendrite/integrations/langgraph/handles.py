@@ -30,6 +30,7 @@ HANDLE_PREFIX = "dendrite:1:"
 _REFERENCE_PREFIX = "dendrite:ref:1:"
 _CHECK_BYTES = 6
 _DIGEST_BYTES = 16
+_MOST_BYTES = 4 * 2**24  # 16 million tokens
 _REFERENCE = re.compile(rf"{_REFERENCE_PREFIX}.+:[0-9a-f]+:[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
 
 
@@ -67,12 +68,11 @@ class Snapshot:
             )
         if not body.startswith(HANDLE_PREFIX) or check != _digest(body.encode(), _CHECK_BYTES):
             raise BranchError(f"{str(handle)[:40]!r} is no handle of a branch, or was changed: take one of handle_of()")
-        model, draw, packed = body.removeprefix(HANDLE_PREFIX).rsplit(":", 2)
         try:
-            token_ids = array("I", zlib.decompress(urlsafe_b64decode(packed)))
+            model, draw, packed = body.removeprefix(HANDLE_PREFIX).rsplit(":", 2)
+            return cls(model, _unpacked(urlsafe_b64decode(packed)), int(draw, 16))
         except (binascii.Error, zlib.error, ValueError) as error:
             raise BranchError("the handle is damaged: take a new one of handle_of()") from error
-        return cls(model, tuple(token_ids), int(draw, 16))
 
     def fork(self, *path: object) -> Snapshot:
         """The same place with randomness of its own, decided by `path`."""
@@ -147,6 +147,15 @@ def seed_from(*path: object) -> int:
     """A seed that depends on nothing but `path`."""
     words = "/".join(map(str, path))
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+
+def _unpacked(packed: bytes) -> tuple[int, ...]:
+    """The tokens; a forged handle gets no more memory than a long context takes."""
+    reader = zlib.decompressobj()
+    data = reader.decompress(packed, _MOST_BYTES)
+    if not reader.eof:
+        raise ValueError("cut off, or longer than any context")
+    return tuple(array("I", data))
 
 
 def _digest(data: bytes, num_bytes: int) -> str:
