@@ -51,7 +51,7 @@ def show(port: str, sides: dict[str, list[Run]]) -> None:
         print(f"| {port}, {side} | {last.num_sampled} | {last.num_computed} | {seconds} |")
     ratios = [old.seconds / new.seconds for old, new in zip(sides["before"], sides["after"], strict=True)]
     shown = " ".join(f"{ratio:.1f}" for ratio in ratios)
-    print(f"{port}: {statistics.median(ratios):.1f} times faster ({shown})")
+    print(f"{port}: {statistics.median(ratios):.1f} times faster ({shown})", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ STALE = str(Reference("scripted", 32 * "a", 7))
 FOREIGN = Snapshot("llama-3.1-8b", (1, 2, 3), 0).handle()
 LONG = Snapshot("scripted", (65,) * 500, 0).handle()
 UNKNOWN = Snapshot("scripted", (10**6,), 0).handle()
-BOMB = forged(zlib.compress(bytes(2**26 + 4), 9))
+BOMB = forged(zlib.compress(bytes(2**24 + 4), 9))
 
 NODES: list[Callable[[Engine], Any]] = [
     lambda engine: generate_node(engine=engine, max_tokens=2),
@@ -202,3 +202,11 @@ async def test_what_a_chat_model_cannot_do(engine: Engine) -> None:
             list(chat.stream("Say.", n=2))
         with pytest.raises(RequestError, match=r"n=2.*generate"):
             _ = [chunk async for chunk in chat.astream("Say.", n=2)]
+
+
+def test_a_retry_policy_tries_again_where_it_helps() -> None:
+    """LangGraph's own policy repeats a node for want of memory, and for no other error of ours."""
+    policy: Any = RetryPolicy().retry_on
+    assert policy(dd.OutOfBlocks(1, 0, 0))
+    for error in (BranchError, RequestError, ConstraintError, ContextOverflow, EngineClosed, SnapshotError):
+        assert not policy(error("no"))

@@ -30,7 +30,7 @@ HANDLE_PREFIX = "dendrite:1:"
 _REFERENCE_PREFIX = "dendrite:ref:1:"
 _CHECK_BYTES = 6
 _DIGEST_BYTES = 16
-_MOST_BYTES = 4 * 2**24  # 16 million tokens
+_MOST_BYTES = 4 * 2**22  # 4 million tokens
 _REFERENCE = re.compile(rf"{_REFERENCE_PREFIX}.+:[0-9a-f]+:[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
 
 
