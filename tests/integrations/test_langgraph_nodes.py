@@ -424,3 +424,15 @@ async def test_it_stops_after_a_round_and_goes_on_in_another_engine(engine: Engi
         ended = search_graph(program, engine=restarted, seed=3, checkpointer=saver).invoke(None, config)
     with program.run(engine, "Count.", seed=3) as whole:
         assert ended["best"]["transcript"] == whole.best.transcript
+
+
+async def test_a_cancelled_round_leaves_nothing() -> None:
+    """It ends with the graph's task, not at the end of the round."""
+    with scripted_engine(lambda text: " 1" * 3000 + "\n") as slow:
+        task = asyncio.create_task(search_graph(program, engine=slow).ainvoke({"prompt": "Count."}))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert slow.stats().branches == 0
+        slow.check_integrity()

@@ -6,9 +6,9 @@ START ──► round ──┐        each superstep: reopen the journal, choos
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,10 +16,11 @@ from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
+from dendrite.dsl.events import Event
+from dendrite.dsl.fronts import Waiter
 from dendrite.dsl.node import Node
 from dendrite.dsl.program import Program
 from dendrite.dsl.records import Budget
-from dendrite.dsl.search import Search
 from dendrite.dsl.types import Prompt
 from dendrite.engine.engine import Engine
 from dendrite.integrations.langgraph.handles import handle_of
@@ -67,40 +68,32 @@ def search_graph(
     """
     source = NodeEngine(engine)
 
-    def advance(state: SearchState, on: Engine, drawn: int) -> SearchState:
+    async def advance(state: SearchState, on: Engine, drawn: int) -> SearchState:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "search.jsonl"
             rounds = state.get("rounds", 0)
             if rounds:
                 path.write_text(state["journal"], encoding="utf-8")
                 search = program.reopen(path, on)
-                frontier = _frontier_after(search, 1)
             else:
                 search = program.start(on, state.get("prompt", ""), seed=drawn, budget=budget)
-                frontier = _frontier_after(search, 0)
-                if frontier:
+            async with aclosing(search.aevents()) as events:
+                event = await _next_round(events, 1 if rounds else 0)
+                if event.result is None and not rounds:
                     search.save(path)
-            with search:
-                update: SearchState = {"rounds": rounds + 1, "frontier": [_shown(node) for node in frontier]}
-                if not frontier:
-                    with search.result() as result:
-                        best = result.best
-                        update["best"] = {
-                            **_shown(best),
-                            "transcript": best.transcript,
-                            "handle": handle_of(best.branch),
-                        }
+                update = _told(event, rounds + 1)
             update["journal"] = path.read_text(encoding="utf-8") if path.exists() else ""
             return update
 
     def run(state: SearchState) -> SearchState:
         runtime = current_runtime()
-        return advance(state, source.get(runtime), run_seed(runtime) if seed is None else seed)
+        drawn = run_seed(runtime) if seed is None else seed
+        with Waiter() as waiter:
+            return waiter.wait(advance(state, source.get(runtime), drawn))
 
     async def arun(state: SearchState) -> SearchState:
         runtime = current_runtime()
-        drawn = run_seed(runtime) if seed is None else seed
-        return await asyncio.to_thread(advance, state, source.get(runtime), drawn)
+        return await advance(state, source.get(runtime), run_seed(runtime) if seed is None else seed)
 
     builder = StateGraph(SearchState)
     builder.add_node("round", RunnableLambda(run, afunc=arun, name="round"))
@@ -109,12 +102,26 @@ def search_graph(
     return builder.compile(checkpointer=checkpointer)
 
 
-def _frontier_after(search: Search[Any], num_seen: int) -> Sequence[Node[Any]]:
-    """The next frontier that is not one of the first `num_seen`; empty at the end of the search."""
-    for index, frontier in enumerate(search):
-        if index == num_seen:
-            return frontier
-    return ()
+async def _next_round(events: AsyncGenerator[Event[Any]], num_seen: int) -> Event[Any]:
+    """The next frontier that is not one of the first `num_seen`, or the end of the search."""
+    async for event in events:
+        if event.kind == "frontier":
+            if not num_seen:
+                return event
+            num_seen -= 1
+        if event.kind == "done":
+            return event
+    raise AssertionError("a search ends with the event `done`")
+
+
+def _told(event: Event[Any], rounds: int) -> SearchState:
+    """What the channels are told of a frontier, or of the end."""
+    if event.result is None:
+        return SearchState(rounds=rounds, frontier=[_shown(node) for node in event.nodes])
+    with event.result as result:
+        best = result.best
+        shown = {**_shown(best), "transcript": best.transcript, "handle": handle_of(best.branch)}
+        return SearchState(rounds=rounds, frontier=[], best=shown)
 
 
 def _shown(node: Node[Any]) -> dict[str, object]:
