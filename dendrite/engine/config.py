@@ -158,7 +158,6 @@ class SamplingParams(_Settings):
 
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_LATER = "is not available yet; it comes in a later version"
 
 
 class EngineConfig(_Settings):
@@ -181,6 +180,7 @@ class EngineConfig(_Settings):
     block_size: int = Field(16, ge=1, le=256, description="give a whole number of tokens from 1 to 256")
     seed: int = Field(0, description="give a whole number")
     deterministic: bool = Field(False, description="give True or False")
+    """Whether a branch's logits must not depend on company; see `engine/invariance.py`."""
     prefix_cache: Path | None = Field(None, description="give a folder, which is made if it is missing, or None")
     """Where prefixes are kept for later processes."""
     prefix_cache_size: int = Field(4 << 30, ge=1, description='give bytes as a whole number or a string like "2GiB"')
@@ -250,10 +250,3 @@ class EngineConfig(_Settings):
         number, unit = match[1], (match[2] or "").upper()
         base = 1024 if unit.endswith("I") else 1000
         return int(float(number) * base ** " KMGT".index(unit[:1] or " "))
-
-    @field_validator("deterministic")
-    @classmethod
-    def _determinism_later(cls, value: bool) -> bool:
-        if value:
-            raise ValueError(f"deterministic mode {_LATER}, leave it False")
-        return value

@@ -7,10 +7,14 @@ from importlib.util import find_spec
 
 from transformers import PreTrainedModel
 
+from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.cpu import TreeAttention
+from dendrite.engine.attention.ordered import OrderedAttention
 from dendrite.engine.attention.reference import ReferenceAttention
 from dendrite.engine.config import EngineConfig
+from dendrite.engine.errors import RequestError
 from dendrite.engine.head import Head
+from dendrite.engine.passes.families import is_recognised
 from dendrite.engine.runner import Runner, TorchRunner
 from dendrite.engine.spec import ModelSpec
 
@@ -22,9 +26,12 @@ def runner_and_head(model: PreTrainedModel, spec: ModelSpec, config: EngineConfi
     warning that says why: right, but far from fast.
 
     Raises:
-        RequestError: `kv_memory` or `block_size` is too small for a single block, or more than is free.
-        ModelError: the device's memory is too small.
+        RequestError: `kv_memory` or `block_size` is too small for a single block, or more than is free; or
+            `deterministic` where it is not made for the device or the model's family.
+        ModelError: the device's memory is too small, or this machine cannot keep what `deterministic` promises.
     """
+    if config.deterministic:
+        _check_deterministic(model, spec)
     if model.device.type == "cuda":
         reason = _why_no_kernels(spec)
         if reason is None:
@@ -34,9 +41,29 @@ def runner_and_head(model: PreTrainedModel, spec: ModelSpec, config: EngineConfi
             device_runner = CudaRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size)
             return device_runner, DeviceHead(device_runner)
         warnings.warn(f"{spec.name} runs on {model.device} without Dendrite's kernels: {reason}", stacklevel=3)
-    attention = TreeAttention if model.device.type == "cpu" else ReferenceAttention
-    runner = TorchRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size, attention=attention)
+    attention: type[AttentionBackend] = TreeAttention if model.device.type == "cpu" else ReferenceAttention
+    runner = TorchRunner(
+        model,
+        spec,
+        kv_memory=config.kv_memory,
+        block_size=config.block_size,
+        attention=OrderedAttention if config.deterministic else attention,
+        steady=config.deterministic,
+    )
     return runner, Head(runner)
+
+
+def _check_deterministic(model: PreTrainedModel, spec: ModelSpec) -> None:
+    if model.device.type != "cpu":
+        raise RequestError(
+            f"deterministic=True runs on the CPU only, and {spec.name} is on {model.device}: use device='cpu', or "
+            "leave it off (docs/determinism-and-randomness.md says what holds without it)"
+        )
+    if not is_recognised(model.get_decoder()):
+        raise RequestError(
+            f"deterministic=True is made for Llama, Mistral, Qwen2 and Qwen3 and models that share their code, and "
+            f"{spec.name} is none of them ({model.config.model_type}): leave it off"
+        )
 
 
 def _why_no_kernels(spec: ModelSpec) -> str | None:

@@ -93,7 +93,8 @@ class Engine:
             swap_folder: where; None is the system's folder for temporary files.
             block_size: tokens in a block.
             seed: roots without a seed of their own draw from this one, in the order they are made.
-            deterministic: comes later; leave it False.
+            deterministic: a branch's logits are the same bits whatever else runs and however it was forked, chunked or
+                preempted. On the CPU, for Llama, Mistral, Qwen2 and Qwen3; steps take longer.
             integrity: "canary" checks with each step that every block it uses is its branch's own; "checksum" also
                 looks at a sample of the K/V that is read. What is wrong raises `IntegrityError`. "off" costs nothing.
             prefix_cache: a folder of prefixes that processes share, made if it is missing: new roots begin on what is
@@ -101,9 +102,10 @@ class Engine:
             prefix_cache_size: bytes of files in it; the least recently used prefixes go first.
 
         Raises:
-            RequestError: a setting out of range.
+            RequestError: a setting out of range, or `deterministic` on a device or for a family it is not made for.
             SnapshotError: the folder of prefixes cannot be made.
-            ModelError: no such model, damaged files, or a family that this engine would not run exactly.
+            ModelError: no such model, damaged files, or a family that this engine would not run exactly; or a machine
+                that cannot keep what `deterministic` promises, which is tested on one layer and the head.
         """
         config = EngineConfig.of(
             dtype=dtype,

@@ -16,6 +16,7 @@ from dendrite.engine.attention.base import AttentionBackend, AttentionStep
 from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.attention.interface import STEP_KEYWORD
 from dendrite.engine.batch import Batch
+from dendrite.engine.invariance import check_invariance
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool, default_swap_bytes, num_blocks_for
 from dendrite.engine.passes import optimise
@@ -75,17 +76,30 @@ class TorchRunner:
         kv_memory: int | None,
         block_size: int,
         attention: Callable[[KVPool, ModelSpec], AttentionBackend] = TreeAttention,
+        steady: bool = False,
     ) -> None:
         """Take a model that was loaded with `attn_implementation="dendrite"`, make it fast, allocate its pool.
 
         The model's modules are replaced in place, so it is good for nothing else afterwards.
 
+        Args:
+            model: in eval mode.
+            spec: its dimensions.
+            kv_memory: bytes of the pool; None is a share of what is free.
+            block_size: tokens in a block.
+            attention: the back end.
+            steady: use modules whose rows do not depend on how many there are (`passes.steady`), and check it.
+
         Raises:
             RequestError: `kv_memory` or `block_size` is too small for a single block.
+            ModelError: `steady` cannot be had on this machine.
         """
         num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size, device=model.device)
         self.spec = spec
-        self.fingerprint = fingerprint(dict(model.named_parameters()), f"{model.config.model_type} {spec.dtype}")
+        kind = (
+            f"{model.config.model_type} {spec.dtype}{' deterministic' if steady else ''}"
+        )
+        self.fingerprint = fingerprint(dict(model.named_parameters()), kind)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = model.device
@@ -94,9 +108,11 @@ class TorchRunner:
         self.mover: KVMover = PoolMover(self._pool)
         self.default_swap_bytes = default_swap_bytes(spec.bytes_per_token * block_size * num_blocks)
         self._backend = attention(self._pool, spec)
-        optimise(model)
+        optimise(model, steady=steady)
         self._decoder: nn.Module = model.get_decoder()
         self._head = _head_of(model, self._decoder)
+        if steady:
+            check_invariance(self._decoder, self.logits, spec)
 
     def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Copy blocks, run the layers, keep the rows' K/V.

@@ -15,6 +15,9 @@ HEAD = 64
 """How many of the likeliest tokens are put in order first; rows with a wider nucleus go on with 16 times as many."""
 CHUNK = 64
 """Tokens that share one maximum in the search for the likeliest."""
+SUM = 32_768
+"""Tokens whose weights are summed at once. PyTorch would share a longer sum out among threads if there is one row, and
+then the sum would depend on whether there are more."""
 
 
 def keep_likely(weights: Tensor, params: Sequence[SamplingParams], scratch: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ def _cuts(
     top_p = np.array([p.top_p for p in params])
     smallest = np.array([p.min_p for p in params], np.float32) * weights.amax(-1).cpu().numpy()
     quotas = np.zeros(len(params), np.int64)
-    totals = weights.sum(-1).double().cpu().numpy()
+    totals = sum(part.sum(-1).double() for part in weights.split(SUM, dim=1)).cpu().numpy()
     pending = np.flatnonzero((top_k < vocab_size) | (top_p < 1))
     width = max(HEAD, int(top_k[top_k < vocab_size].max(initial=0)) + 1)
     while len(pending):

@@ -34,7 +34,7 @@ class TreeAttention(AttentionBackend):
 
     def __init__(self, pool: KVPool, spec: ModelSpec) -> None:
         super().__init__(pool, spec)
-        self._workspace = _Workspace(pool.data.dtype)
+        self._workspace = Workspace(pool.data.dtype)
         self._tiles: list[_PreparedTile] = []
 
     def prepare(self, plan: Plan) -> None:
@@ -50,7 +50,7 @@ class TreeAttention(AttentionBackend):
         return output
 
 
-class _Workspace:
+class Workspace:
     """Buffers that all tiles of a step share, since they run one after the other; they grow and never shrink."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -91,7 +91,7 @@ class _Part(ABC):
 class _PreparedTile:
     """One tile's buffers and parts. Views are made here, once a step, because each costs time in every layer."""
 
-    def __init__(self, tile: Tile, pool: KVPool, spec: ModelSpec, workspace: _Workspace) -> None:
+    def __init__(self, tile: Tile, pool: KVPool, spec: ModelSpec, workspace: Workspace) -> None:
         self._rows = slice(tile.row_start, tile.row_end)
         self._pool = pool
         index = _GatherIndex.of(tile, pool.block_size) if tile.gathered else None

@@ -71,7 +71,7 @@ class Tile:
 def tiles(plan: Plan, *, num_heads: int) -> list[Tile]:
     """Cut `plan` into tiles that cover all its rows, in order."""
     merged = _merged(plan.segments)
-    ranges = _row_ranges(plan.num_rows, merged, max(1, MAX_SCORES // num_heads))
+    ranges = row_ranges(plan.num_rows, merged, max(1, MAX_SCORES // num_heads))
     return [_tile(start, end, _clipped(merged, start, end)) for start, end in ranges]
 
 
@@ -101,7 +101,7 @@ def _joined(group: list[Segment]) -> Segment:
     )
 
 
-def _row_ranges(num_rows: int, segments: Sequence[Segment], max_scores: int) -> list[tuple[int, int]]:
+def row_ranges(num_rows: int, segments: Sequence[Segment], max_scores: int) -> list[tuple[int, int]]:
     """Row ranges of similar path lengths whose scores, rows times the longest path, stay within `max_scores`."""
     lengths = _path_lengths(num_rows, segments)
     cuts = {num_rows}

@@ -10,20 +10,27 @@ from transformers import PreTrainedModel
 from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.passes.lean import make_lean
 from dendrite.engine.passes.linear import can_pack, pack
+from dendrite.engine.passes.steady import pair_rows
 
 __all__ = ["optimise"]
 
 
-def optimise(model: PreTrainedModel) -> None:
+def optimise(model: PreTrainedModel, *, steady: bool = False) -> None:
     """Change the model in place for inference on the CPU or on a CUDA device; elsewhere it stays as it is.
 
     Families that are recognised, layer by layer, get a lean forward of few operators or kernels. On the CPU every other
     linear layer gets prepacked weights. The original weights are freed as their replacements are made, so that a model
     is never in memory twice; an embedding that shares its weights with the head keeps them.
+
+    Args:
+        model: loaded, in eval mode.
+        steady: on the CPU, see to it that no number of rows changes the bits of a row (`passes.steady`).
     """
     if model.device.type == "cpu":
-        make_lean(model)
+        make_lean(model, steady=steady)
         _pack_linears(model)
+        if steady:
+            pair_rows(model)
     elif model.device.type == "cuda" and find_spec("triton") is not None:
         from dendrite.engine.passes.fused import make_fused  # noqa: PLC0415 - only machines with a GPU have Triton
 

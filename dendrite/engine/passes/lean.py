@@ -11,6 +11,8 @@ and gives the interpreter's lock away once. Per layer, attention aside, these ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,16 +24,20 @@ from transformers.models.llama import modeling_llama as llama
 from dendrite.engine.attention.base import AttentionStep
 from dendrite.engine.passes.families import is_recognised, replace_layers
 from dendrite.engine.passes.linear import merged, pack
+from dendrite.engine.passes.steady import SteadyRotary, steady_silu
 
 
-def make_lean(model: PreTrainedModel) -> None:
-    """Replace the layers of a recognised decoder, all or none, freeing each layer's weights as it goes."""
+def make_lean(model: PreTrainedModel, *, steady: bool = False) -> None:
+    """Replace the layers of a recognised decoder, all or none, freeing each layer's weights as it goes.
+
+    With `steady` a row's bits do not depend on how many rows there are; see `steady`.
+    """
     decoder = model.get_decoder()
     if not is_recognised(decoder):
         return
-    decoder.rotary_emb = _LeanRotary(decoder.rotary_emb)
+    decoder.rotary_emb = _LeanRotary(SteadyRotary(decoder.rotary_emb) if steady else decoder.rotary_emb)
     decoder.norm = _LeanNorm(decoder.norm)
-    replace_layers(decoder, _LeanLayer)
+    replace_layers(decoder, partial(_LeanLayer, silu=steady_silu if steady else F.silu))
 
 
 class _LeanNorm(nn.Module):
@@ -52,7 +58,7 @@ class _LeanRotary(nn.Module):
     rope(x) = x * cos + [-x2, x1] * sin = x * cos + [x2, x1] * [-sin1, sin2]        with x = [x1, x2]
     """
 
-    def __init__(self, rotary: llama.LlamaRotaryEmbedding) -> None:
+    def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self._rotary = rotary
 
@@ -66,8 +72,9 @@ class _LeanRotary(nn.Module):
 class _LeanLayer(nn.Module):
     """A decoder layer over packed rows."""
 
-    def __init__(self, layer: llama.LlamaDecoderLayer) -> None:
+    def __init__(self, layer: llama.LlamaDecoderLayer, *, silu: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self._silu = silu
         attention, mlp = layer.self_attn, layer.mlp
         self._layer_idx: int = attention.layer_idx
         self._scale: float = attention.scaling
@@ -94,7 +101,7 @@ class _LeanLayer(nn.Module):
         hidden = hidden_states[0]
         hidden = self._out.forward_add(self._attend(hidden, position_embeddings, dendrite_step), hidden)
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
-        return self._down.forward_add(F.silu(gate).mul_(up), hidden).unsqueeze(0)
+        return self._down.forward_add(self._silu(gate).mul_(up), hidden).unsqueeze(0)
 
     def _attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         # [num_rows, hidden_size] -> [num_rows, num_heads * head_dim]

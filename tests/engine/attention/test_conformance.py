@@ -11,6 +11,7 @@ import torch
 
 from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.cpu import TreeAttention
+from dendrite.engine.attention.ordered import OrderedAttention
 from dendrite.engine.attention.reference import ReferenceAttention
 from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.kv_pool import KVPool
@@ -24,7 +25,7 @@ EXACT = 1e-5
 ROUNDED = 0.06
 """bfloat16 keeps 8 bits: scores of up to 10 are off by up to 0.03, and weights by as much of values of up to 4."""
 
-backends = pytest.mark.parametrize("backend", [ReferenceAttention, TreeAttention])
+backends = pytest.mark.parametrize("backend", [ReferenceAttention, TreeAttention, OrderedAttention])
 
 SHAPES: dict[str, Node] = {
     "star": conformance.star(12, 100, 9),
