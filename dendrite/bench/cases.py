@@ -352,7 +352,7 @@ SIZES = {
         branches=(8, 32),
         tokens=16,
         children=(1, 8),
-        thoughts=Thoughts(prompt=256, depth=3, keep=3, branch=3, tokens=12),
+        thoughts=Thoughts(prompt=128, depth=3, keep=5, branch=5, tokens=12),
         monte_carlo=MonteCarlo(prompt=256, iterations=8, branch=3, tokens=8),
         scored_prefix=512,
         choices=8,

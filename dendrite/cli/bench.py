@@ -146,6 +146,36 @@ def constraints(
         _show(result, json_file, markdown=markdown)
 
 
+@app.command()
+def search(
+    model: Model = DEFAULT_MODEL,
+    *,
+    nodes: Annotated[int, typer.Option(min=100, help="Nodes of the searches without a model.")] = 1000,
+    irregular: Annotated[int, typer.Option(min=8, help="Nodes of the search on the model.")] = 120,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of the searches without a model.")] = 3,
+    svg: Annotated[Path | None, typer.Option(help="Draw the rows of each step here.", dir_okay=False)] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time strategies without a model, and look at how full the batches of a lopsided search are."""
+    from dendrite.bench.search import bench_search
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_search(
+                model,
+                num_nodes=nodes,
+                num_irregular=irregular,
+                num_rounds=rounds,
+                dtype=dtype,
+                svg=svg,
+                progress=progress,
+            )
+        _show(result, json_file, markdown=markdown)
+
+
 suite.add_to(app, DEFAULT_MODEL)
 
 

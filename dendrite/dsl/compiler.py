@@ -44,7 +44,11 @@ class Part(NamedTuple):
     @property
     def place(self) -> str:
         """How messages name it."""
-        return f"{self.mark}(...)" if self.function is None else self.function.place
+        if self.function is not None:
+            return self.function.place
+        return (
+            f"{self.mark}(...) ({self.mark.line})" if isinstance(self.mark, ExpandMark | PruneMark) else str(self.mark)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +223,7 @@ def _select(part: Part | None) -> Select:
     if part.mark.keep is not None:
         _check_whole(part, "keep", part.mark.keep)
     elif part.function is None:
-        raise ProgramError("prune() keeps nothing: give keep=, or decorate a function")
+        raise ProgramError(f"{part.place} keeps nothing: give keep=, or decorate a function")
     return Select(part.function, part.mark.keep)
 
 

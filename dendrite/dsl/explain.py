@@ -20,6 +20,7 @@ from dendrite.dsl.operations import (
     Select,
     Source,
 )
+from dendrite.dsl.questions import Asked, asked_by
 from dendrite.dsl.types import OnError
 
 
@@ -35,9 +36,14 @@ def explained(operations: Operations, *, on_error: OnError) -> str:
 
 def _loop(loop: Loop) -> Iterator[str]:
     yield f"loop     {loop.strategy}"
+    put: set[tuple[str, bool]] = set()
     for operation in loop.body:
         for line in _lines(operation, loop.sources):
             yield "  " + line
+        for asked in asked_by(operation.function) if isinstance(operation, Score) else ():
+            yield f"           {_question(asked, is_shared=(asked.question, asked.is_fresh) in put)}"
+            if asked.question is not None:
+                put.add((asked.question, asked.is_fresh))
     yield f"  select   {_selection(loop.select)}"
     yield "  release  prune the branches of all others"
 
@@ -67,6 +73,19 @@ def _lines(operation: Expansion, sources: tuple[Source, ...]) -> Iterator[str]:
             if takes_many:
                 how += ", all nodes in one call" if batch is None else f", {batch} nodes a call"
             yield f"score    {_function(function)}{how}"
+
+
+def _question(asked: Asked, *, is_shared: bool) -> str:
+    """What reading a choice costs for each child."""
+    num_labels, num_question = asked.num_label_tokens, asked.num_question_tokens
+    labels = "its labels'" if num_labels is None else f"about {num_labels} label"
+    if is_shared:
+        return f"asks the same question again: {labels} tokens a child in one pass, the question's are shared"
+    where = "on a root of its own" if asked.is_fresh else "after its path, which is shared"
+    if asked.question == "":
+        return f"asks no question: {labels} tokens a child in one pass {where}"
+    question = "a dynamic question's" if num_question is None else f"about {num_question} question"
+    return f"asks: {question} + {labels} tokens a child in one pass {where}; nothing is kept"
 
 
 def _forks(source: Source) -> str:

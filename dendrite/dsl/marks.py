@@ -6,8 +6,9 @@ function, where every bound method finds it. What the records say is checked by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, overload
 
 from dendrite.dsl.functions import Function
@@ -58,6 +59,8 @@ class ExpandMark(_Marking):
     regex: str | None = None
     grammar: str | None = None
     schema: type | Mapping[str, object] | None = None
+    line: str = field(default="", compare=False)
+    """Where it was written, for messages about parts without a function."""
 
     def __str__(self) -> str:
         return "expand"
@@ -89,6 +92,8 @@ class PruneMark(_Marking):
     """What `@prune` was told."""
 
     keep: int | None = None
+    line: str = field(default="", compare=False)
+    """As an `@expand`'s."""
 
     def __str__(self) -> str:
         return "prune"
@@ -174,6 +179,7 @@ def expand(
         regex=regex,
         grammar=grammar,
         schema=schema,
+        line=_line_of_caller(),
     )
     return mark if f is None else mark(f)
 
@@ -263,5 +269,11 @@ def prune(f: Callable[..., object] | None = None, /, *, keep: int | None = None)
         f: the function, where the decorator is used without options.
         keep: how many survive, of the whole frontier. On a function, `@dd.prune(keep=3)` cuts what it returns.
     """
-    mark = PruneMark(keep=keep)
+    mark = PruneMark(keep=keep, line=_line_of_caller())
     return mark if f is None else mark(f)
+
+
+def _line_of_caller() -> str:
+    """Where a user's file calls the decorator."""
+    frame = sys._getframe(2)  # noqa: SLF001 - this function's caller is the decorator
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

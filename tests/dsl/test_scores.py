@@ -1,7 +1,9 @@
 """Scores that are more than a function's number: reward models, shared questions, batches across asks; and the bar."""
 
 import asyncio
+import inspect
 import io
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -95,10 +97,14 @@ def test_the_progress_bar_counts_along(engine: dd.Engine) -> None:
 
 
 def test_errors_of_compile_say_where() -> None:
-    """The line of the call, beside the line of the part."""
+    """The line of the call, beside the line of the part, which may stand elsewhere and have no function."""
     with pytest.raises(dd.ProgramError) as caught:
         dd.compile(STEP, strategy=dd.MCTS(3))
     assert any(__file__ in note for note in caught.value.__notes__)
+    for part in (dd.expand(cue="x", width=0), dd.prune(keep=0), dd.expand(cue="x", grammar="...")):
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]  # CPython has frames
+        with pytest.raises(dd.ProgramError, match=rf"{re.escape(__file__)}:{line}"):
+            dd.compile(STEP, part, dd.reward(len), strategy=dd.Beam(depth=1))
 
 
 def test_a_search_inside_a_search(engine: dd.Engine) -> None:

@@ -386,3 +386,23 @@ def test_runs_that_cannot_begin_are_refused(
         run(engine)
     assert_nothing_left(engine)
     assert engine.stats().forks == 0
+
+
+def test_appends_that_follow_each_other_are_computed_together(engine: dd.Engine) -> None:
+    """What `@observe` appends and the next cue are one prefill: the same steps as without, and each byte once."""
+
+    def observed(seen: str) -> dd.Usage:
+        @dd.observe
+        def look(node: dd.Node) -> dd.Outcome[None]:
+            return dd.Outcome(None, append=seen)
+
+        one = dd.expand(cue="\nStep:", stop="\n", temperature=0.0)
+        with dd.compile(one, look, strategy=dd.Beam(depth=3)).run(engine, f"{len(seen)}.", seed=1) as result:
+            assert result.best.depth == 3
+            return result.usage
+
+    without, with_one = observed(""), observed(" (seen)")
+    assert with_one.steps == without.steps
+    assert with_one.tokens_computed - without.tokens_computed == 2 * len(
+        " (seen)"
+    )  # what follows the last step is needed by nobody

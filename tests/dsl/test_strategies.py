@@ -294,6 +294,20 @@ def test_self_refine_is_a_chain_and_returns_its_best() -> None:
     assert all(ask.is_kept for ask in world.asks if isinstance(ask, Reflect))
 
 
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 5), st.none() | st.integers(1, 6), st.booleans())
+def test_self_refine_is_what_its_definition_says(
+    values: list[int], rounds: int, end: int | None, is_goal: bool
+) -> None:
+    """The best of the drafts until the rounds, the drafts or the interest end, whatever their values are."""
+    chain = {(0,) * length: float(value) for length, value in enumerate(values, 1)}
+    last = () if end is None else (0,) * end
+    world = World(chain, width=1, goal=last if is_goal else None, terminal=frozenset({last}) - {()})
+    drafts = [path for path in chain if len(path) <= rounds + 1 and (end is None or len(path) <= end)]
+    is_found = is_goal and last in drafts
+    assert searched(dd.SelfRefine(rounds), world) == (last if is_found else highest(world, [(), *drafts]))
+    assert world.paths[1:] == drafts
+
+
 def test_self_refine_ends_with_goals_ends_and_dead_ends() -> None:
     """Nothing is revised any more."""
     chain = {(0,) * length: float(length) for length in range(1, 5)}

@@ -1,5 +1,6 @@
 """The examples run on the real model; what they find is checked by code."""
 
+import asyncio
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,22 @@ def test_game_of_24_makes_legal_moves(engine: dd.Engine, strategy: dd.Strategy) 
             assert done == Fraction(value.strip())
             assert len(node.state.left) == 4 - node.depth
         assert result.usage.tokens_logical > result.usage.tokens_computed
+
+
+def test_game_of_24_prints_its_table(
+    engine: dd.Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row of a search: what was solved, of how many ends, and that the tree computes a fraction of what it reads."""
+    monkeypatch.syspath_prepend(FOLDER)
+    example = load("game_of_24_table")
+    games = example.puzzles(1)
+    for expand in (example.model, example.uniform):
+        asyncio.run(example.row(engine, expand.__name__, example.searching(expand, dd.MCTS(3)), games))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["model", "uniform"]
+    assert all(row[1] in ("0 of 1", "1 of 1") for row in rows)
+    computed, logical = (int(cell.replace(",", "")) for cell in rows[0][3:])
+    assert 0 < 3 * computed < logical
 
 
 def test_best_of_n_counts_votes(engine: dd.Engine) -> None:
