@@ -44,7 +44,7 @@ def likely(node: dd.Node[Game]) -> float:  # how likely the model finds the move
     return math.exp(sum(step.logprob or 0.0 for step in steps) / len(steps)) if len(node.state.left) > 1 else 0.0
 
 
-def searching(expand: object, strategy: dd.Strategy) -> dd.Program[Game]:
+def searching(expand: dd.Part[Game], strategy: dd.Strategy) -> dd.Program[Game]:
     seen = lambda node: node.state if node.depth else None  # noqa: E731 - the key of equal states
     return dd.compile(expand, play, likely, dd.prune(keep=WIDTH), strategy=strategy, merge=seen)
 
@@ -52,7 +52,7 @@ def searching(expand: object, strategy: dd.Strategy) -> dd.Program[Game]:
 def walk(game: Game, dice: random.Random) -> bool:
     while len(game.left) > 1:
         game = dice.choice(list(moves(game).values()))
-    return game.left == (24,)
+    return game.left == (Fraction(24),)
 
 
 def puzzles(num: int) -> list[Game]:  # that random walks solve in 3,000 tries
@@ -70,6 +70,7 @@ async def row(engine: dd.Engine, name: str, program: dd.Program[Game], games: li
         async with turns:
             root = engine.root(SHOTS.format(" ".join(map(str, game.left))))
             with root, await program.arun(root, state=game, seed=1) as result:
+                print(".", end="", file=sys.stderr, flush=True)  # a puzzle
                 return [node.state.left == (24,) for node in result.tree if len(node.state.left) == 1]
 
     ends, now = await asyncio.gather(*map(solve, games)), engine.stats()

@@ -13,7 +13,8 @@ from dendrite.bench.overhead import overhead_figures
 from dendrite.bench.rounds import Progress
 from dendrite.engine.engine import Engine
 
-PARALLEL = (1, 8)
+PARALLEL = (1, 8, 24)
+"""Expansions under way at the same time."""
 
 
 def bench_search(
@@ -26,7 +27,7 @@ def bench_search(
     svg: Path | None,
     progress: Progress,
 ) -> Result:
-    """Time strategies without a model; then search an irregular tree on the model, an expansion at a time and eight.
+    """Time strategies without a model; then search an irregular tree on the model, an expansion at a time and several.
 
     Args:
         model: of the second half.

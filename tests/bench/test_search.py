@@ -12,7 +12,7 @@ from dendrite.cli.main import app
 
 
 def test_search_times_strategies_and_watches_batches(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Every strategy has its figures; eight expansions at a time fill the batches more than one does."""
+    """Every strategy has its figures; several expansions at a time fill the batches more than one does."""
     file, picture = tmp_path / "search.json", tmp_path / "search.svg"
     command = ["bench", "search", str(tiny_folder("llama")), "--nodes", "100", "--irregular", "32", "--rounds", "1"]
     command += ["--dtype", "float32", "--json", str(file), "--svg", str(picture)]
@@ -23,8 +23,8 @@ def test_search_times_strategies_and_watches_batches(tiny_folder: Callable[[str]
     assert timed == {"Beam", "DepthFirst", "BestFirst", "MCTS", "LATS", "BestOfN", "AdaptiveBranching"}
     rows = [figure["median"] for figure in figures if figure["name"] == "rows a step"]
     steps = [figure["median"] for figure in figures if figure["name"] == "steps"]
-    assert len(rows) == len(steps) == 2
-    assert rows[1] > rows[0]
+    assert len(rows) == len(steps) == 3
+    assert rows[0] < min(rows[1:])
     assert ET.parse(picture).getroot().tag.endswith("svg")  # noqa: S314 - we wrote it
 
 
