@@ -71,7 +71,7 @@ async def row(engine: dd.Engine, name: str, program: dd.Program[Game], games: li
             root = engine.root(SHOTS.format(" ".join(map(str, game.left))))
             with root, await program.arun(root, state=game, seed=1) as result:
                 print(".", end="", file=sys.stderr, flush=True)  # a puzzle
-                return [node.state.left == (24,) for node in result.tree if len(node.state.left) == 1]
+                return [node.state.left == (Fraction(24),) for node in result.tree if len(node.state.left) == 1]
 
     ends, now = await asyncio.gather(*map(solve, games)), engine.stats()
     computed, logical = now.tokens_computed - before.tokens_computed, now.tokens_logical - before.tokens_logical
