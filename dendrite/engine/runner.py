@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from dendrite.engine.attention.base import AttentionBackend, AttentionStep
 from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.attention.interface import STEP_KEYWORD
 from dendrite.engine.batch import Batch
+from dendrite.engine.crowding import Crowding
 from dendrite.engine.invariance import check_invariance
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool, default_swap_bytes, num_blocks_for
@@ -96,9 +98,7 @@ class TorchRunner:
         """
         num_blocks = num_blocks_for(spec, kv_memory=kv_memory, block_size=block_size, device=model.device)
         self.spec = spec
-        kind = (
-            f"{model.config.model_type} {spec.dtype}{' deterministic' if steady else ''}"
-        )
+        kind = f"{model.config.model_type} {spec.dtype}{' deterministic' if steady else ''}"
         self.fingerprint = fingerprint(dict(model.named_parameters()), kind)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -111,6 +111,8 @@ class TorchRunner:
         optimise(model, steady=steady)
         self._decoder: nn.Module = model.get_decoder()
         self._head = _head_of(model, self._decoder)
+        # Another number of threads may round otherwise.
+        self._watching: Callable[[], AbstractContextManager[None]] = nullcontext if steady else Crowding().watching
         if steady:
             check_invariance(self._decoder, self.logits, spec)
 
@@ -127,7 +129,7 @@ class TorchRunner:
         Raises:
             ModelError: a layer did not attend exactly once.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._watching():
             self._pool.copy_blocks(batch.copies)
             self._backend.prepare(batch.plan)
             step = AttentionStep(self._backend, self._tensor(batch.slots))

@@ -191,8 +191,8 @@ def _checked_manifest(path: Path, metadata: Mapping[str, str], model: str) -> di
     manifest: dict[str, Any] = json.loads(text)
     if manifest["model"] != model:
         raise SnapshotMismatch(
-            f"{path} was saved with another model, dtype or `deterministic` (fingerprint {manifest['model'][:12]}, this "
-            f"one is {model[:12]}): load the engine with that one"
+            f"{path} was saved with another model, dtype or `deterministic` (fingerprint {manifest['model'][:12]}, "
+            f"this one is {model[:12]}): load the engine with that one"
         )
     return manifest
 

@@ -1,7 +1,8 @@
 """The forward of Llama-like layers in few operators: Llama, Mistral, Qwen2 and Qwen3, and whatever shares their code.
 
 A decoding step on the CPU is hundreds of small operators, each of which costs microseconds before it computes anything
-and gives the interpreter's lock away once. Per layer, attention aside, these are left:
+and gives the interpreter's lock away once. A module's call costs microseconds too, so a layer runs its
+parts' `forward`. Per layer, attention aside, these are left:
 
     norm   qkv   (head norms)   roll, mul, addcmul (rope)   attend   out + residual
     norm   gate|up   silu, mul   down + residual
@@ -100,12 +101,12 @@ class _LeanLayer(nn.Module):
         """Map hidden states [1, num_rows, hidden_size] to the same; other keywords are those that attention ignores."""
         hidden = hidden_states[0]
         hidden = self._out.forward_add(self._attend(hidden, position_embeddings, dendrite_step), hidden)
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        gate, up = self._gate_up.forward(self._mlp_norm.forward(hidden)).chunk(2, dim=-1)
         return self._down.forward_add(self._silu(gate).mul_(up), hidden).unsqueeze(0)
 
     def _attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         # [num_rows, hidden_size] -> [num_rows, num_heads * head_dim]
-        qkv = self._qkv(self._input_norm(hidden)).unflatten(-1, (-1, self._head_dim))
+        qkv = self._qkv.forward(self._input_norm.forward(hidden)).unflatten(-1, (-1, self._head_dim))
         rotated = qkv[:, : -self._num_kv_heads]  # queries and keys, [num_rows, num_heads + num_kv_heads, head_dim]
         qk = self._head_norms(rotated) if self._head_norms is not None else rotated
         cos, signed_sin = rotation
