@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
+from dendrite.engine.archive import Archive
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
 from dendrite.engine.plan import Run
 from dendrite.engine.pressure import Pressure
+from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import GenerateRequest, Request, ScoreRequest
 from dendrite.engine.scheduler import _StepBuilder
 from dendrite.engine.swap import SwapSpace
@@ -23,6 +34,14 @@ from dendrite.engine.tree import KVTree
 from tests.engine.list_mover import ListMover
 
 TOKENS = st.integers(0, 5)
+
+
+def path_of(tip: Tip) -> list[KVNode]:
+    """The nodes from the tip's up to the root."""
+    path = [tip.node]
+    while path[-1].parent is not None:
+        path.append(path[-1].parent)
+    return path
 
 
 class TreeMachine(RuleBasedStateMachine):
@@ -67,6 +86,25 @@ class TreeMachine(RuleBasedStateMachine):
         wanted = min(pool.num_total, pool.num_available + num)
         most = pool.num_available + self.pressure.num_movable(some)
         assert self.pressure.make_room(wanted, some) == (wanted <= most)
+
+    @rule(tip=branches, num=st.integers(1, 30))
+    def preempt_all_but_one(self, tip: Tip, num: int) -> None:
+        """A branch that runs keeps its path in the pool, whatever the others have to give up for it."""
+        placed = [node.num_placed for node in path_of(tip)]
+        self.pressure.make_room(min(self.tree.pool.num_total, self.tree.pool.num_available + num), [tip])
+        assert [node.num_placed for node in path_of(tip)] == placed
+
+    @precondition(lambda self: self.model)
+    @rule(target=branches, data=st.data())
+    def restore(self, data: st.DataObject) -> object:
+        """Some branches are saved and come back beside themselves, as tokens that are computed again."""
+        some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=3, unique_by=id))
+        archive = Archive(self.tree, self.swap, "model")
+        records = [BranchRecord(tip, salt=1, key=2, chat=None) for tip in some]
+        back = archive.rebuild(archive.capture([(record, None, None) for record in records], kv=False))
+        for tip, record in zip(some, back, strict=True):
+            self.model[record.tip] = list(self.model[tip])
+        return multiple(*(record.tip for record in back))
 
     @rule()
     def clear_cache(self) -> None:
