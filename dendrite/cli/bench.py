@@ -176,6 +176,62 @@ def search(
         _show(result, json_file, markdown=markdown)
 
 
+@app.command()
+def pressure(
+    model: Model = DEFAULT_MODEL,
+    *,
+    width: Annotated[int, typer.Option(min=4, help="Children of each round of the search.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step of the search.")] = 24,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 3,
+    svg: Annotated[Path | None, typer.Option(help="Draw time against memory here.")] = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time a search in all the memory it likes, and in less and less of it."""
+    from dendrite.bench.pressure import bench_pressure, draw_pressure
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_pressure(
+                model, width=width, num_tokens=tokens, num_rounds=rounds, dtype=dtype, progress=progress
+            )
+        if svg is not None:
+            draw_pressure(result, svg)
+        _show(result, json_file, markdown=markdown)
+
+
+@app.command()
+def integrity(
+    model: Model = DEFAULT_MODEL,
+    *,
+    branches: Annotated[int, typer.Option(min=1, help="Branches that decode together.")] = 32,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens they share.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 7,
+    json_file: JsonFile = None,
+    markdown: Markdown = False,
+) -> None:
+    """Time a step with each integrity mode."""
+    from dendrite.bench.integrity import bench_integrity
+    from dendrite.cli.progress import progress_line
+
+    with errors_shown():
+        with progress_line() as progress:
+            result = bench_integrity(
+                model,
+                num_branches=branches,
+                prefix=prefix,
+                num_tokens=tokens,
+                num_rounds=rounds,
+                dtype=dtype,
+                progress=progress,
+            )
+        _show(result, json_file, markdown=markdown)
+
+
 suite.add_to(app, DEFAULT_MODEL)
 
 
