@@ -219,6 +219,19 @@ async def test_a_lease_gives_way_to_what_runs(saver: TimeTravelSaver) -> None:
         small.check_integrity()
 
 
+async def test_a_lease_goes_before_what_a_program_holds() -> None:
+    """A full pool keeps an idle branch of the user's, though it was used before the checkpoint's."""
+    with scripted_engine(script, num_blocks=400, swap_memory=0) as small, small.root("y" * 400) as mine:
+        mine.generate(max_tokens=1)
+        graph = ideas_graph(small, TimeTravelSaver(InMemorySaver(), small))
+        await graph.ainvoke({}, thread("1"))
+        with small.root("x" * 1100) as root:
+            root.generate(max_tokens=1)
+        before = computed(small)
+        mine.generate(max_tokens=1)
+        assert computed(small) - before <= 2
+
+
 async def test_the_number_of_leases_is_bounded(engine: Engine) -> None:
     """The branches used longest ago go first; none at all is a choice too."""
     saver = TimeTravelSaver(InMemorySaver(), engine, most_leases=1)

@@ -3,11 +3,12 @@
     checkpoint ── names ──► (model, digest) ── lease ──► an idle branch: counted in `engine.stats()`, never pinned
 
 An idle branch keeps its K/V from the cache's oldest-first eviction. When what runs needs the pool, the K/V of idle
-branches leaves it, least recently used first, for host memory or for good; nothing waits for a lease.
+branches leaves it, that of leases before any that a program holds, for host memory or for good; nothing waits for one.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -67,9 +68,11 @@ class Leases:
         if engine is None or snapshot.model != engine.name or not self._most:
             return None
         try:
-            return engine.root(token_ids=snapshot.token_ids, seed=0)  # a seed, so that other roots draw as without it
+            branch = engine.root(token_ids=snapshot.token_ids, seed=0)  # a seed, so that other roots draw as without it
         except EngineError:
             return None
+        branch.value = -math.inf  # what a program holds itself is worth more
+        return branch
 
     def _on(self) -> Engine | None:
         if isinstance(self._source, str):
