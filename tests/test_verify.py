@@ -109,6 +109,9 @@ def test_command_prints_json(folder: Path) -> None:
     report = json.loads(result.stdout)
     assert result.exit_code == 0
     assert report["ok"] is True
+    assert len(report["pins"]["weights_sha256"]) == len(report["pins"]["tokenizer_sha256"]) == 64
+    assert report["pins"]["transformers"]
+    assert set(report["tolerances"]) == {"tokens", "logits", "scores"}
     assert {row["verdict"] for row in report["rows"]} <= {"ok", "rounding"}
 
 
@@ -118,6 +121,7 @@ def test_command_fails_on_a_miss(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 1
     assert "NOT EXACT" in result.stdout
+    assert result.stdout.index("logits allowed: 0.0001") < result.stdout.index("prefill")
     assert "miss" in result.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,8 +26,13 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="The whole grid of cases: many minutes.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or cuda:1.")] = "cpu",
+    golden: Annotated[Path | None, typer.Option(help="Compare with this folder's golden file instead.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the golden file anew.")] = False,
 ) -> None:
     """Compare the engine with plain Transformers on this machine; exits with 1 on a miss."""
+    if golden is not None or update:
+        _golden(model, golden, update=update)
+        return
     with errors_shown():
         from dendrite.cli.progress import progress_line
         from dendrite.verify.oracle import verify as run
@@ -41,12 +47,48 @@ def verify(
             raise typer.Exit(1)
 
 
+def _golden(model: str, folder: Path | None, *, update: bool) -> None:
+    """Show how the golden file differs from what is measured now; write it, or exit with 1 if it disagrees."""
+    from dendrite.engine.errors import RequestError
+    from dendrite.verify.golden import Golden, diff, differences, file_for, measure
+
+    with errors_shown():
+        if folder is None:
+            raise RequestError("--update needs --golden and a folder")
+        path = file_for(folder, model)
+        now = measure(model)
+        print(diff(path, now) or f"{path}: the same to the last digit")
+        if update:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(now.to_json(), encoding="utf-8")
+            print(f"{path}: written")
+            return
+        reasons = differences(Golden.read(path), now)
+        for reason in reasons:
+            print(f"DIFFERS: {reason}")
+        if reasons:
+            raise typer.Exit(1)
+        print(f"{path}: agrees within {now.tolerance:g}")
+
+
 def _print(report: Report) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    for line in _heading(report):
+        console.print(line, highlight=False)
     console.print(_table(report))
     console.print(_summary(report), style=STYLES["ok" if report.ok else "miss"], highlight=False)
+
+
+def _heading(report: Report) -> list[str]:
+    """What it was made with and what is allowed, before anything is compared."""
+    lines = []
+    if report.pins is not None:
+        pins = report.pins
+        lines.append(f"weights {pins.weights_sha256[:16]}, tokenizer {pins.tokenizer_sha256[:16]}")
+        lines.append(f"Transformers {pins.transformers}, PyTorch {pins.torch}, seed {pins.seed}")
+    return [*lines, *(f"{what} allowed: {allowed}" for what, allowed in report.tolerances.items())]
 
 
 def _table(report: Report) -> Table:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 from dendrite.verify.judge import TOLERANCE, Expected, judge_difference, judge_prefill, judge_tokens, judge_worst
+from dendrite.verify.pins import SEED
 from dendrite.verify.prompts import CHATS, TEXTS
 from dendrite.verify.reference import Reference
 from dendrite.verify.report import Row, Verdict
@@ -111,7 +112,7 @@ def _noise(engine: Engine, expected: Expected) -> Iterator[None]:
     done = threading.Event()
 
     def sample() -> None:
-        with engine.root(token_ids=expected.path, seed=1) as root:
+        with engine.root(token_ids=expected.path, seed=SEED) as root:
             lengths = 0
             while not done.is_set():
                 lengths = lengths % 7 + 1

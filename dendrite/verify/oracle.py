@@ -11,7 +11,10 @@ from dendrite.engine.errors import RequestError
 from dendrite.engine.models import load_model
 from dendrite.engine.registry import ModelStore
 from dendrite.verify import bfloat16, cases
-from dendrite.verify.judge import Expected, judge_worst
+from dendrite.verify.bfloat16 import LEAST
+from dendrite.verify.bfloat16 import LOSS as BFLOAT16_LOSS
+from dendrite.verify.judge import LOSS, TIE, TOLERANCE, Expected, judge_worst
+from dendrite.verify.pins import pins_of
 from dendrite.verify.prompts import Prompt, make_prompts
 from dendrite.verify.reference import Reference
 from dendrite.verify.report import Report, Row
@@ -89,7 +92,18 @@ def verify(
         rows += _setup_rows(run)
         if device != "cpu":
             rows += _drawn_rows(run)
-    return Report(name, dtype, tuple(rows), time.monotonic() - began)
+    return Report(name, dtype, tuple(rows), time.monotonic() - began, pins_of(folder), tolerances(dtype))
+
+
+def tolerances(dtype: str) -> dict[str, str]:
+    """What is allowed in a dtype, by what is compared."""
+    if dtype == "bfloat16":
+        return {"logits": f"{LEAST:g}, or {BFLOAT16_LOSS:g} times the error of Transformers' own bfloat16"}
+    return {
+        "tokens": f"equal, unless the reference puts them within {TIE:g}",
+        "logits": f"{TOLERANCE:g}, or {LOSS:g} times as far from float64 as the reference",
+        "scores": f"{TOLERANCE:g} a token",
+    }
 
 
 def _silence(_text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
+
+from dendrite.verify.pins import Pins
 
 Verdict = Literal["ok", "rounding", "miss"]
 """`rounding`: not equal, and float32 cannot tell who is right; see `dendrite.verify.judge`."""
@@ -35,6 +37,10 @@ class Report:
     dtype: str
     rows: tuple[Row, ...]
     seconds: float
+    pins: Pins | None = None
+    """What it was made with; None for rows that were put together by hand."""
+    tolerances: dict[str, str] = field(default_factory=dict)
+    """What is allowed, in words, by what is compared."""
 
     @property
     def ok(self) -> bool:
