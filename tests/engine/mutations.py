@@ -35,8 +35,8 @@ class Mutation:
                 continue
             if inspect.isclass(ours):
                 for method, function in vars(theirs).items():
-                    if inspect.isfunction(function):
-                        patch.setattr(ours, method, function)
+                    if inspect.isfunction(function) and function.__code__ != getattr(ours, method).__code__:
+                        patch.setattr(ours, method, function)  # unchanged ones stay: `super()` knows its own class
             elif inspect.isfunction(ours):
                 patch.setattr(module, name, theirs)
 
