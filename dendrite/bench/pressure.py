@@ -95,7 +95,7 @@ def draw_pressure(result: Result, path: Path) -> None:
     axes.set_title(f"{result.model}, {result.machine.gpu or result.machine.processor}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture.savefig(path)
+    picture.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))  # nothing but the picture
 
 
 def _percent(found: Figure) -> int:
