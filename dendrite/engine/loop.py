@@ -21,10 +21,8 @@ whoever gets the block next writes it later. A known end is not run ahead, and n
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -41,6 +39,7 @@ from dendrite.engine.errors import (
     IntegrityError,
     StepFailed,
 )
+from dendrite.engine.forking import FORKED, refuse_after_fork
 from dendrite.engine.generation import FinishReason, GenerationRequest
 from dendrite.engine.gil import stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
@@ -59,11 +58,6 @@ from dendrite.engine.tree import KVTree
 
 _LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 """After these nothing more can be done on the device."""
-
-_FORKED = (
-    "this process was forked from the one that has the engine: load an engine here, and start such processes with "
-    'multiprocessing.get_context("spawn"), since PyTorch does not survive a fork either'
-)
 
 
 class StepLoop:
@@ -87,7 +81,7 @@ class StepLoop:
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
         self._end: EngineClosed | EngineDead | None = None
-        self._refuse_after_fork()
+        refuse_after_fork(self)
         self._thread = threading.Thread(target=self._main, name="dendrite-step-loop", daemon=True)
         self._thread.start()
 
@@ -168,7 +162,7 @@ class StepLoop:
     def stay_behind(self) -> None:
         """This is a forked child's copy, without a thread: whatever is asked of it is refused."""
         self.is_forked = True
-        self._end = self._end or EngineForked(_FORKED)
+        self._end = self._end or EngineForked(FORKED)
 
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
@@ -183,31 +177,6 @@ class StepLoop:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def _refuse_after_fork(self) -> None:
-        """Sees to it that a forked child, which has the tree but no loop, refuses every call and waits for none.
-
-        The lock is held while the process forks, so that the child finds it free and the tree whole.
-        """
-        here = weakref.ref(self)
-        forking: list[StepLoop] = []
-
-        def before() -> None:
-            if (loop := here()) is not None:
-                loop.lock.acquire()
-                forking.append(loop)
-
-        def after_in_parent() -> None:
-            if forking:
-                forking.pop().lock.release()
-
-        def after_in_child() -> None:
-            if forking:
-                forking[0].stay_behind()
-                forking.pop().lock.release()
-
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
 
     # --- the loop's thread -------------------------------------------------------------------------------------
 

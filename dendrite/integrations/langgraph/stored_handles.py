@@ -80,7 +80,7 @@ class StoredHandles:
         self._leases.release(self._table.release_thread(thread_id))
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as above
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - a channel's value may be anything
     """The value with each string changed; itself, or the very parts of it, where nothing did."""
     if isinstance(value, str):
         return change(value)

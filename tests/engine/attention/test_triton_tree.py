@@ -22,8 +22,8 @@ pytest.importorskip("triton", reason="needs Triton, which is there on Linux only
 prepare_interpreter()
 
 from dendrite.engine.attention import triton_tree  # noqa: E402, after the interpreter was prepared
-from dendrite.engine.attention.forms import APART, SHORT, WIDE, KernelConfig, form_for, forms_for  # noqa: E402
-from dendrite.engine.attention.triton_tree import TritonTreeAttention  # noqa: E402
+from dendrite.engine.attention.forms import APART, SHORT, WIDE, KernelConfig, form_for, forms_for  # noqa: E402, likewise
+from dendrite.engine.attention.triton_tree import TritonTreeAttention  # noqa: E402, likewise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 0.04}

@@ -34,7 +34,7 @@ def test_products_and_what_stands_beside_them(
     )
     tiling = Tiling(block_n=16, block_k=32, num_warps=4)
     on_device = [tensor.to(device) if tensor is not None else None for tensor in (x, weight, bias)]
-    result = one_row_linear(on_device[0], on_device[1], on_device[2], tiling, fusion)  # type: ignore[arg-type]
+    result = one_row_linear(on_device[0], on_device[1], on_device[2], tiling, fusion)  # type: ignore[arg-type]  # only the bias is None
     torch.testing.assert_close(result.cpu().double(), exact, rtol=1e-4, atol=1e-3)
     assert (result is fusion.residual) == has_residual
 
