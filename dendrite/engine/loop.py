@@ -257,10 +257,12 @@ class StepLoop:
         masks = self._head.prepare(step.reads)
         hidden = self._run(step)
         num_ahead = self._launch_reads(step, hidden, masks)
+        with self.lock:
+            self.counters.count_step(step, blocks=self.tree.pool.num_used)
         self._land(keep=num_ahead)
         with self.lock:
             self._look_ahead()
-            self.counters.count_step(step, seconds=time.perf_counter() - began, blocks=self.tree.pool.num_used)
+            self.counters.busy_seconds += time.perf_counter() - began
 
     def _run(self, step: Step) -> Tensor | None:
         if step.batch is None:

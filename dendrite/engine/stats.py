@@ -25,11 +25,10 @@ class Counters:
     peak_blocks: int = 0
     busy_seconds: float = 0.0
 
-    def count_step(self, step: Step, *, seconds: float, blocks: int) -> None:
-        """Adds one step that took `seconds` and left `blocks` in use."""
+    def count_step(self, step: Step, *, blocks: int) -> None:
+        """Adds one step, with `blocks` in use; before its results reach anyone who could ask."""
         self.num_steps += 1
         self.num_computed += step.num_rows
-        self.busy_seconds += seconds
         self.peak_blocks = max(self.peak_blocks, blocks)
 
     def count_score(self, score: ScoreRequest) -> None:
