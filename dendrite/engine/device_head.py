@@ -26,7 +26,7 @@ from dendrite.engine.sampling import SPOILT, LogitsError
 from dendrite.engine.sampling_device import DrawParams, Draws, draw_tokens
 from dendrite.engine.sampling_draw import signed
 from dendrite.engine.sampling_row import Sampled
-from dendrite.engine.scheduler import Read
+from dendrite.engine.step import Read
 
 
 class DeviceHead(Head):

@@ -16,7 +16,7 @@ from dendrite.engine.requests import ScoreRequest
 from dendrite.engine.runner import Runner
 from dendrite.engine.sampling import LogitsError, NoTokenLeft, Sampler, log_softmax_at
 from dendrite.engine.sampling_row import Sampled
-from dendrite.engine.scheduler import Read
+from dendrite.engine.step import Read
 
 ROWS_AT_ONCE = 256
 """Rows whose logits are held at once: 50 MB in float32 for a vocabulary of 49,152."""

@@ -18,7 +18,7 @@ from dendrite.engine.errors import IntegrityError
 from dendrite.engine.guarded_pool import GuardedPool, TaggedBlock
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.nodes import KVNode, Tip
-from dendrite.engine.scheduler import Step
+from dendrite.engine.step import Step
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 

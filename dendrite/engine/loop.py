@@ -52,8 +52,9 @@ from dendrite.engine.requests import Group, Request, ScoreRequest
 from dendrite.engine.runner import MAX_DRAWN, Runner
 from dendrite.engine.sampling import NoTokenLeft
 from dendrite.engine.sampling_row import Sampled
-from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.scheduler import Scheduler
 from dendrite.engine.stats import Counters
+from dendrite.engine.step import Step
 from dendrite.engine.tree import KVTree
 
 _LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))

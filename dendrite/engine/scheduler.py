@@ -1,8 +1,10 @@
-"""Which tokens the next step computes: admission by worst case, decoding branches first, prefill in chunks.
+"""Who runs, and who of them is in the next step: admission by worst case, decoding first, prefill in chunks.
 
 Where not all can run, calls of higher priority go first, and equal ones in the order they came.
 
-    submitted groups ──► queue ──► running ──► one `Step`: runs of tokens (rows), and who reads which hidden row
+    submitted groups ──► queue ──► running ──► `StepBuilder` ──► one `Step`
+                           ▲          │
+                           └──────────┘ no block for its next token: preempted
 
 Admission is the only truth about memory: a request enters when the blocks it may take at worst, together with those of
 all that runs, are available, or will be once idle branches have left the pool. So whatever runs can finish, the first
@@ -13,19 +15,16 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import accumulate
 
-from dendrite.engine.batch import Batch
 from dendrite.engine.demand import demand, footprint, prunable
-from dendrite.engine.errors import EngineError, OutOfBlocks, StepFailed
-from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
-from dendrite.engine.nodes import HiddenRow, KVNode, Tip
-from dendrite.engine.plan import Run, plan_runs
+from dendrite.engine.errors import EngineError, OutOfBlocks
+from dendrite.engine.nodes import Tip
 from dendrite.engine.pressure import Pressure
 from dendrite.engine.requests import Demand, GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
+from dendrite.engine.step import Step, StepBuilder
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 
@@ -35,33 +34,6 @@ MAX_FORCED_ROWS = 64
 """A branch with more forced tokens than this is computed as a prompt is, in what is left of the step."""
 DECODE_SHARE = 4
 """While branches decode, prefill gets this fraction of a chunk a step, so that they are not stalled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One hidden row that a request waits for; it predicts candidate token `index` of `candidate` when scoring."""
-
-    request: Request
-    source: int | HiddenRow
-    """A position in the step's outputs, or a row kept from an earlier step: (hidden rows, index)."""
-    candidate: int = 0
-    index: int = 0
-
-
-@dataclass(slots=True)
-class Step:
-    """One heartbeat's work. `batch` is None when everything is read from kept rows."""
-
-    batch: Batch | None
-    runs: list[tuple[Run, int, int | None]]
-    """(run, the node's epoch, position of its last row in the outputs if it is one of them)"""
-    reads: list[Read]
-    failed: list[tuple[Request, EngineError]] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        """Tokens that go through the model in this step."""
-        return self.batch.plan.num_rows if self.batch is not None else 0
 
 
 class Scheduler:
@@ -153,7 +125,7 @@ class Scheduler:
         return step
 
     def _next_step(self) -> Step:
-        builder = _StepBuilder(self._tree, self._pressure, self._busy_with(()))
+        builder = StepBuilder(self._tree, self._pressure, self._busy_with(()))
         ready = [request for request in self.running if not request.is_waiting]
         decoding = [request for request in ready if isinstance(request, GenerateRequest) and _decodes(request)]
         ends = accumulate(request.num_pending for request in decoding)
@@ -281,172 +253,3 @@ def _decodes(request: GenerateRequest) -> bool:
     parent_is_done = node.parent is None or node.parent.num_computed >= node.offset
     num_missing = request.tip.offset - node.num_computed
     return parent_is_done and num_missing <= request.num_pending <= MAX_FORCED_ROWS
-
-
-class _StepBuilder:
-    """Collects runs that can share one forward pass.
-
-    Two rules keep `plan_runs` simple and copies right. A node has one kept run, which ends where everybody who needs
-    it in this step needs it. A node whose block must be copied waits a step if its parent's run is in this one, since
-    copies are made before the pass.
-    """
-
-    def __init__(self, tree: KVTree, pressure: Pressure, busy: Sequence[Tip] = ()) -> None:
-        self._tree = tree
-        self._pressure = pressure
-        self._busy = busy  # what may not leave the pool to make room
-        self._runs: dict[NodeId, Run] = {}
-        self._queries: dict[tuple[NodeId, int], Run] = {}
-        self._copies: list[tuple[BlockId, BlockId]] = []
-        self._all_rows: set[NodeId] = set()
-        self._last_row: set[int] = set()  # id() of runs whose last row is an output
-        self._waiting: list[tuple[Request, Run | HiddenRow, int, int, int]] = []
-        self._failed: list[tuple[Request, EngineError]] = []
-        self._num_rows = 0
-
-    def add_request(self, request: Request, *, budget: int) -> int:
-        """Adds what fits of the request; returns how many rows that took."""
-        rows = self._num_rows
-        try:
-            while not self._has_added(request, budget):
-                pass
-        except OutOfBlocks as error:
-            self._failed.append((request, error))
-        except AssertionError:
-            raise
-        except Exception as error:  # noqa: BLE001 - others are in this step as well, and copies that must be made
-            failure = StepFailed(f"no room could be made for the request: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._failed.append((request, failure))
-        return self._num_rows - rows
-
-    def _has_added(self, request: Request, budget: int) -> bool:
-        """Adds what fits; False if it should be tried again, since idle branches have made room for it.
-
-        Raises:
-            OutOfBlocks: no room can be made.
-        """
-        try:
-            if isinstance(request, ScoreRequest):
-                self._add_score(request, budget)
-            else:
-                self._add_last(request, budget)
-        except OutOfBlocks as error:
-            if not (self._busy and self._pressure.make_room(error.needed, self._busy)):
-                raise
-            return False
-        return True
-
-    def build(self) -> Step:
-        """The step made of what was added."""
-        runs = [*self._runs.values(), *self._queries.values()]
-        if not runs:
-            return Step(None, [], list(self._reads({})), self._failed)
-        ordered, plan = plan_runs(self._tree, runs)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        output_rows: list[int] = []
-        first_output: dict[int, int] = {}
-        for run in ordered:
-            row = len(token_ids)
-            first_output[id(run)] = len(output_rows)
-            output_rows.extend(self._outputs_of(run, row))
-            token_ids.extend(run.node.token_ids[run.start : run.end])
-            positions.extend(range(run.node.start + run.start, run.node.start + run.end))
-            slots.extend(self._tree.slots(run.node, run.start, run.end) if run.is_kept else [TRASH_BLOCK])
-        batch = Batch(token_ids, positions, slots, plan, self._copies, output_rows)
-        steps = [(run, run.node.epoch, self._last_output(run, first_output)) for run in ordered]
-        return Step(batch, steps, list(self._reads(first_output)), self._failed)
-
-    def _add_last(self, request: Request, budget: int) -> bool:
-        """Wants the hidden row at the tip; returns whether this step yields it."""
-        source = self._row_at(request.tip, budget)
-        if source is None:
-            return False
-        if isinstance(request, ScoreRequest):
-            request.has_base = True
-            for candidate in range(len(request.candidates)):
-                self._waiting.append((request, source, 0, candidate, 0))
-        else:
-            self._waiting.append((request, source, 0, 0, 0))
-        return True
-
-    def _add_score(self, request: ScoreRequest, budget: int) -> None:
-        before = self._num_rows
-        if not request.has_base and not self._add_last(request, budget):
-            return
-        for candidate, tip in request.siblings:
-            left = budget - (self._num_rows - before)
-            run = self._extend_run(tip.node, tip.offset, left) if tip.node.num_computed < tip.offset else None
-            if run is not None:
-                self._all_rows.add(tip.node.node_id)
-                first = run.node.start + run.start + 1 - request.tip.length  # the sibling may have taken over a node
-                for row in range(run.num_rows):
-                    self._waiting.append((request, run, row, candidate, first + row))
-
-    def _row_at(self, tip: Tip, budget: int) -> Run | HiddenRow | None:
-        """Where the hidden row after the tip's last token comes from; None if not from this step."""
-        run: Run | None = None
-        for node, upto in self._tree.pending(tip):
-            if node.stored is not None and not self._move_in(node):
-                return None
-            if node.num_computed >= upto:
-                continue
-            run = self._extend_run(node, upto, budget)
-            if run is None or run.end != upto:
-                return None
-            budget -= run.num_rows
-        node, offset = tip.node, tip.offset
-        if run is None:
-            kept = node.hidden.get(offset)
-            return kept if kept is not None else self._query(node, offset)
-        if node.node_id not in self._runs:  # it was moved in behind a run
-            return None
-        self._last_row.add(id(run))
-        return run
-
-    def _move_in(self, node: KVNode) -> bool:
-        """Puts stored K/V back into the pool, unless it has to wait for a step that computes what lies before it."""
-        if node.parent is not None and node.parent.node_id in self._runs and self._tree.needs_copy(node):
-            return False
-        self._pressure.move_in(node)
-        return True
-
-    def _query(self, node: KVNode, offset: int) -> Run:
-        """The row that computes the token before `offset` again, for its hidden row alone."""
-        query = self._queries.get((node.node_id, offset))
-        if query is None:
-            query = self._queries[node.node_id, offset] = Run(node, offset - 1, offset, is_kept=False)
-            self._last_row.add(id(query))
-            self._num_rows += 1
-        return query
-
-    def _extend_run(self, node: KVNode, upto: int, budget: int) -> Run | None:
-        """The node's run up to `upto`, or as far as the budget goes; None if it can't be in this step."""
-        known = self._runs.get(node.node_id)
-        if known is not None:
-            return known if known.end == upto else None
-        parent_runs = node.parent is not None and node.parent.node_id in self._runs
-        if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):
-            return None
-        run = Run(node, node.num_computed, min(upto, node.num_computed + budget))
-        self._copies += self._tree.place(node, run.end)
-        self._runs[node.node_id] = run
-        self._num_rows += run.num_rows
-        return run
-
-    def _outputs_of(self, run: Run, row: int) -> Sequence[int]:
-        if run.is_kept and run.node.node_id in self._all_rows:
-            return range(row, row + run.num_rows)
-        return [row + run.num_rows - 1] if id(run) in self._last_row else []
-
-    def _last_output(self, run: Run, first_output: dict[int, int]) -> int | None:
-        if run.is_kept and run.node.node_id in self._all_rows:
-            return first_output[id(run)] + run.num_rows - 1
-        return first_output[id(run)] if id(run) in self._last_row else None
-
-    def _reads(self, first_output: dict[int, int]) -> Iterator[Read]:
-        for request, source, row, candidate, index in self._waiting:
-            place = first_output[id(source)] + row if isinstance(source, Run) else source
-            yield Read(request, place, candidate, index)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dendrite.engine.requests import ScoreRequest
-from dendrite.engine.scheduler import Step
+from dendrite.engine.step import Step
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 

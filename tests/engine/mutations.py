@@ -117,7 +117,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a copy is made before its source is computed",
-        "scheduler",
+        "step",
         "if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):",
         "if budget <= 0:",
     ),

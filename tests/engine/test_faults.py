@@ -12,7 +12,7 @@ from dendrite.engine.blocks import BlockPool
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import StepFailed
 from dendrite.engine.ids import BlockId
-from dendrite.engine.scheduler import Step
+from dendrite.engine.step import Step
 from dendrite.testing import scripted_engine
 from dendrite.testing.runner import ScriptedMover, ScriptedRunner
 from tests.engine.test_pressure import reply

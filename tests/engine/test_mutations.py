@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.engine import test_cache, test_scheduler
+from tests.engine import test_cache, test_step
 from tests.engine.mutations import MUTATIONS, Mutation
 from tests.engine.test_tree_model import TreeMachine
 
@@ -24,7 +24,7 @@ QUICK = settings(
 
 DIRECTED = (
     test_cache.test_a_branch_that_goes_on_evicts_what_was_cached_behind_it,
-    test_scheduler.test_a_copy_waits_for_the_tokens_it_copies,
+    test_step.test_a_copy_waits_for_the_tokens_it_copies,
 )
 """For what random programs of this length come upon too rarely."""
 

@@ -13,7 +13,8 @@ from dendrite.engine.engine import Engine
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.pressure import Pressure
-from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.scheduler import Scheduler
+from dendrite.engine.step import Step
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 from dendrite.testing import scripted_engine

@@ -1,4 +1,4 @@
-"""What goes into a step: chunks, order, copies before the pass, and what must wait for the next one."""
+"""Who runs and who is in a step: what fits, turns, priorities, chunks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.errors import OutOfBlocks
 from dendrite.engine.nodes import Tip
-from dendrite.engine.requests import GenerateRequest, Group, ScoreRequest
-from dendrite.engine.scheduler import Scheduler, Step
+from dendrite.engine.requests import GenerateRequest, Group
+from dendrite.engine.scheduler import Scheduler
+from dendrite.engine.step import Step
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 from tests.engine.list_mover import ListMover
@@ -59,75 +60,6 @@ def test_a_long_prompt_leaves_room_for_those_that_decode() -> None:
         found = step(scheduler)
         assert found.num_rows == 1 + 4
         assert [read.request for read in found.reads] == [decoding]
-
-
-def test_forks_of_a_computed_parent_need_no_row_for_their_first_token() -> None:
-    """The parent's last hidden row is kept, so eight forks draw from it without a pass."""
-    tree, scheduler = make()
-    root, _ = tree.new_root([1, 2, 3])
-    (request,) = generate(scheduler, root)
-    step(scheduler)
-    scheduler.remove(request)
-    requests = generate(scheduler, *[tree.fork(root) for _ in range(8)])
-    found = step(scheduler)
-    assert found.batch is None
-    assert [read.request for read in found.reads] == requests
-    assert {read.source for read in found.reads} == {("hidden", 0)}
-
-
-def test_a_fork_at_a_past_position_recomputes_one_token() -> None:
-    """Its row writes to the trash block and reads the keys up to itself."""
-    tree, scheduler = make()
-    root, _ = tree.new_root(list(range(10)))
-    (request,) = generate(scheduler, root)
-    step(scheduler)
-    scheduler.remove(request)
-    generate(scheduler, tree.fork(root, at=6))
-    found = step(scheduler)
-    assert found.batch is not None
-    assert (found.batch.token_ids, found.batch.positions, found.batch.slots) == ([5], [5], [0])
-    assert [segment.num_keys for segment in found.batch.plan.segments] == [6]
-
-
-def test_a_copy_waits_for_the_tokens_it_copies() -> None:
-    """Two children of an uncomputed tail: the first shares it in this step, the second copies it in the next."""
-    tree, scheduler = make()
-    root, _ = tree.new_root([1, 2])
-    a, b = tree.fork(root), tree.fork(root)
-    tree.extend(a, [3])
-    tree.extend(b, [4])
-    requests = generate(scheduler, a, b)
-    first = step(scheduler)
-    assert first.batch is not None
-    assert (first.num_rows, first.batch.copies) == (3, [])
-    assert [read.request for read in first.reads] == requests[:1]
-    scheduler.remove(requests[0])
-    second = step(scheduler)
-    assert second.batch is not None
-    assert (second.num_rows, len(second.batch.copies)) == (1, 1)
-    tree.check_integrity()
-
-
-def test_a_score_reads_every_candidate_in_one_pass_and_leaves_nothing() -> None:
-    """Three candidates of 1, 2 and 3 tokens: 0 + 1 + 2 sibling rows, 1 + 2 + 3 reads, no block afterwards."""
-    tree, scheduler = make()
-    root, _ = tree.new_root([1, 2, 3, 4])
-    request = ScoreRequest(tree.fork(root), [[5], [6, 7], [8, 9, 10]])
-    scheduler.submit(Group([request]))
-    found = step(scheduler)
-    assert found.num_rows == 4 + 0 + 1 + 2
-    assert sorted((read.candidate, read.index) for read in found.reads) == [
-        (0, 0),
-        (1, 0),
-        (1, 1),
-        (2, 0),
-        (2, 1),
-        (2, 2),
-    ]
-    assert request.is_complete
-    scheduler.remove(request)
-    assert tree.pool.num_used == 1
-    tree.check_integrity()
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:

@@ -28,7 +28,7 @@ from dendrite.engine.plan import Run
 from dendrite.engine.pressure import Pressure
 from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import GenerateRequest, Request, ScoreRequest
-from dendrite.engine.scheduler import _StepBuilder
+from dendrite.engine.step import StepBuilder
 from dendrite.engine.swap import SwapSpace
 from dendrite.engine.tree import KVTree
 from tests.engine.list_mover import ListMover
@@ -164,7 +164,7 @@ class TreeMachine(RuleBasedStateMachine):
         """Builds one step of the requests, runs it on the list of tokens, and checks what its rows read."""
         available = self.tree.pool.num_available
         needed = demand(self.tree.pool, [entry for request in requests for entry in request.demand()])
-        builder = _StepBuilder(self.tree, self.pressure)
+        builder = StepBuilder(self.tree, self.pressure)
         for request in requests:
             builder.add_request(request, budget=budget)
         step = builder.build()

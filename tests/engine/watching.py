@@ -15,7 +15,7 @@ from dendrite.engine.masks import Masks
 from dendrite.engine.models import LoadedModel
 from dendrite.engine.requests import ScoreRequest
 from dendrite.engine.runner import Runner
-from dendrite.engine.scheduler import Read
+from dendrite.engine.step import Read
 from dendrite.engine.text import HFTokenizer
 
 Path = tuple[int, ...]
