@@ -17,8 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.forms import KernelConfig, form_for, forms_for
+from dendrite.engine.attention.line import Tiling
 from dendrite.engine.attention.tree_kernel import attend_items, merge_partials
-from dendrite.engine.attention.worklist import Tiling, WorkList, build
+from dendrite.engine.attention.worklist import WorkList, build
 from dendrite.engine.batch import Plan
 from dendrite.engine.errors import ModelError
 from dendrite.engine.kernels.launch import overlap

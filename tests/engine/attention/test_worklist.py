@@ -5,19 +5,13 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from dendrite.engine.attention.worklist import (
-    GATHER_COST,
-    HEADER_FIELDS,
-    MAX_UNEVEN,
-    STRIP_COST,
-    Tiling,
-    WorkList,
-    build,
-)
+from dendrite.engine.attention.line import GATHER_COST, MAX_UNEVEN, STRIP_COST, Tiling, cut_line
+from dendrite.engine.attention.worklist import HEADER_FIELDS, WorkList, build
 from dendrite.engine.batch import Plan, Segment
 from tests.engine.attention import conformance
 from tests.engine.attention.conformance import Node
@@ -42,7 +36,7 @@ SHAPES: dict[str, Node] = {
 def reads(work: WorkList, tiling: Tiling) -> dict[tuple[int, int], list[int]]:
     """Follow the work list as the kernel does: the slots that each (row, K/V head) reads."""
     slots: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for item in work.items.tolist():
+    for item in work.line.items.tolist():
         row_start, num_rows, head, first, last, first_gather, last_gather, _ = item
         for slot, seen_by in work.strips[first:last].tolist():
             low, high = seen_by & 255, seen_by >> 8
@@ -110,8 +104,9 @@ def test_a_trunk_is_a_strip_and_leaves_share_blocks() -> None:
 
 def shares(work: WorkList) -> list[int]:
     """What each program's blocks cost."""
-    blocks = STRIP_COST * (work.items[:, 4] - work.items[:, 3]) + GATHER_COST * (work.items[:, 6] - work.items[:, 5])
-    return [int(blocks[first:last].sum()) for first, last in zip(work.starts[:-1], work.starts[1:], strict=True)]
+    items, starts = work.line.items, work.line.starts
+    blocks = STRIP_COST * (items[:, 4] - items[:, 3]) + GATHER_COST * (items[:, 6] - items[:, 5])
+    return [int(blocks[first:last].sum()) for first, last in pairwise(starts)]
 
 
 def test_programs_share_evenly() -> None:
@@ -126,32 +121,32 @@ def test_many_equal_pairs_are_not_cut() -> None:
     prompt = Plan(200, (Segment(((0, 2200),), 2200, 0, 200, 200),))
     work = build(prompt, TILING)
     given = shares(work)
-    assert work.num_partials == 0
+    assert work.line.num_partials == 0
     assert max(given) * len(given) <= MAX_UNEVEN * sum(given)
 
 
 def test_little_work_takes_few_programs() -> None:
     """No program is given less than the smallest share."""
     work = build(fan(1, 64, 1), replace(TILING, num_programs=100, min_share=5))
-    assert int((np.diff(work.starts) > 0).sum()) == 2
+    assert int((np.diff(work.line.starts) > 0).sum()) == 2
 
 
 def test_what_is_not_cut_is_not_merged() -> None:
     """A (tile, head) pair done by one program writes its output at once."""
     work = build(fan(1, 1, 1), replace(TILING, num_programs=1))
-    assert work.num_partials == 0
-    assert work.items[:, 7].tolist() == [-1, -1]
-    assert work.pairs[:, 1].tolist() == [1, 1]
+    assert work.line.num_partials == 0
+    assert work.line.items[:, 7].tolist() == [-1, -1]
+    assert work.line.pairs[:, 1].tolist() == [1, 1]
 
 
 def test_pairs_list_their_partial_results() -> None:
     """Partial results are numbered from 0; each pair's are consecutive; there are at most two a program."""
     work = build(fan(8, 1024, 40), TILING)
-    assert sorted(slot for slot in work.items[:, 7].tolist() if slot >= 0) == list(range(work.num_partials))
-    assert work.num_partials <= 2 * TILING.num_programs
-    pairs = work.row_tiles[work.items[:, 0]] * TILING.num_kv_heads + work.items[:, 2]
-    for pair, (first, count, row_start, _) in enumerate(work.pairs.tolist()):
-        of_pair = work.items[pairs == pair]
+    assert sorted(slot for slot in work.line.items[:, 7].tolist() if slot >= 0) == list(range(work.line.num_partials))
+    assert work.line.num_partials <= 2 * TILING.num_programs
+    pairs = work.line.row_tiles[work.line.items[:, 0]] * TILING.num_kv_heads + work.line.items[:, 2]
+    for pair, (first, count, row_start, _) in enumerate(work.line.pairs.tolist()):
+        of_pair = work.line.items[pairs == pair]
         assert len(of_pair) == count
         assert set(of_pair[:, 0].tolist()) == {row_start}
         if count > 1:
@@ -163,8 +158,46 @@ def test_tiles_are_cut_between_subtrees() -> None:
     halves = (Segment(((0, 500),), 500, 0, 5), Segment(((500, 1000),), 500, 5, 9))
     plan = Plan(9, (*halves, *(Segment(((2000 + row, 2001 + row),), 1, row, row + 1) for row in range(9))))
     work = build(plan, replace(TILING, num_kv_heads=1, tile_rows=6))
-    assert work.pairs[:, 2].tolist() == [0, 5]
-    assert np.bincount(work.row_tiles).tolist() == [5, 4]
+    assert work.line.pairs[:, 2].tolist() == [0, 5]
+    assert np.bincount(work.line.row_tiles).tolist() == [5, 4]
+
+
+def test_a_kept_line_serves_other_slots() -> None:
+    """A line is cut once for all plans with as many blocks in each tile; each of them reads its own slots."""
+    before = cut_line.cache_info()
+    for seed, is_scattered in enumerate((False, True, False)):  # blocks in order, apart, and in order elsewhere
+        case = conformance.make_case(conformance.star(9, 40, 7), random.Random(seed), is_scattered=is_scattered)
+        assert_reads_paths(case.plan, case.row_slots, TILING)
+    assert cut_line.cache_info().hits > before.hits
+    moved = replace(
+        case.plan,
+        segments=tuple(
+            replace(segment, spans=tuple((first + 1000, last + 1000) for first, last in segment.spans))
+            for segment in case.plan.segments
+        ),
+    )
+    assert_reads_paths(moved, [[slot + 1000 for slot in path] for path in case.row_slots], TILING)
+
+
+@pytest.mark.parametrize("other", [replace(TILING, num_programs=7), replace(TILING, min_share=9)])
+def test_a_kept_line_is_for_one_tiling(other: Tiling) -> None:
+    """Another number of programs, or another smallest share, has a line of its own."""
+    plan = fan(8, 1024, 40)
+    build(plan, TILING)
+    line = build(plan, other).line
+    assert len(line.starts) == other.num_programs + 1
+    cut_line.cache_clear()
+    fresh = build(plan, other).line
+    for name in ("items", "starts", "row_tiles", "pairs"):
+        assert getattr(line, name).tolist() == getattr(fresh, name).tolist()
+
+
+def test_a_kept_line_cannot_be_written_to() -> None:
+    """Plans share its arrays."""
+    line = build(fan(4, 64, 3), TILING).line
+    for array in (line.items, line.starts, line.row_tiles, line.pairs):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
 
 
 def test_packed_sections() -> None:
@@ -172,7 +205,7 @@ def test_packed_sections() -> None:
     work = build(fan(3, 64, 5), TILING)
     packed = np.zeros(work.size, np.int32)
     work.pack(packed)
-    sections = (work.starts, work.items, work.strips, work.entries, work.row_tiles, work.pairs)
+    sections = (work.line.starts, work.line.items, work.strips, work.entries, work.line.row_tiles, work.line.pairs)
     assert packed[0] == 3
     assert packed[1] == HEADER_FIELDS
     for at, section in zip(packed[1:7].tolist(), sections, strict=True):
@@ -182,5 +215,5 @@ def test_packed_sections() -> None:
 def test_no_rows() -> None:
     """An empty plan is no work."""
     work = build(Plan(0, ()), TILING)
-    assert len(work.items) == 0
-    assert not work.starts.any()
+    assert len(work.line.items) == 0
+    assert not work.line.starts.any()
