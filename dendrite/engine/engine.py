@@ -253,8 +253,9 @@ class Engine:
             options: as for `generate`.
         """
         params = SamplingParams.of(**options)
-        requests, group = self.core.submit_generations(self._checked(branches), params, priority=priority)
-        return Ticket(self.core.loop, group, lambda: [_result(request) for request in requests])
+        branches = list(self._checked(branches))
+        requests, group = self.core.submit_generations(branches, params, priority=priority)
+        return Ticket(self.core.loop, group, lambda: list(map(GenerationRequest.result, requests, branches)))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -272,13 +273,13 @@ class Engine:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         params = SamplingParams.of(**options)
         (request,), group = self.core.submit_generations(self._checked([branch]), params, pieces.put)
-        return self._pieces(pieces, request, group, on_end)
+        return self._pieces(pieces, group, lambda: request.result(branch), on_end)
 
     def _pieces(
         self,
         pieces: queue.SimpleQueue[str | None],
-        request: GenerationRequest,
         group: Group,
+        read: Callable[[], Generation],
         on_end: OnEnd | None,
     ) -> Generator[str]:
         try:
@@ -287,8 +288,9 @@ class Engine:
             group.future.result()
         finally:
             self.core.loop.cancel(group, keep=True)
+            del group  # as in `Ticket.wait`
         if on_end is not None:
-            on_end(_result(request))
+            on_end(read())
 
     async def astream(
         self, branch: Branch, *, on_end: OnEnd | None = None, **options: Unpack[SamplingOptions]
@@ -310,8 +312,9 @@ class Engine:
             await asyncio.wrap_future(group.future)
         finally:
             self.core.loop.cancel(group, keep=True)
+            del group  # as in `Ticket.wait`
         if on_end is not None:
-            on_end(_result(request))
+            on_end(request.result(branch))
 
     async def prepare(self, constraint: Constraint) -> None:
         """Compile a constraint ahead, beside the event loop: a common one takes a millisecond, a huge one seconds.
@@ -436,8 +439,3 @@ def _close(loop: StepLoop, swap: SwapSpace, runner: Runner) -> None:
     loop.stop()
     swap.close()
     runner.close()
-
-
-def _result(request: GenerationRequest) -> Generation:
-    assert request.generation is not None, "the call returned before its generation ended"
-    return request.generation

@@ -46,7 +46,11 @@ class Generation:
 
 
 class GenerationRequest(GenerateRequest):
-    """A generation on its way: owns the branch's tip until it ends, and rolls it back if it fails."""
+    """A generation on its way: owns the branch's tip until it ends, and rolls it back if it fails.
+
+    It holds the branch while it runs and no longer: the loop's thread may have the request a moment longer than the
+    caller waits for it, and the traceback of an error as long as somebody keeps the error.
+    """
 
     def __init__(
         self,
@@ -61,8 +65,10 @@ class GenerationRequest(GenerateRequest):
     ) -> None:
         tip = branch.record.tip
         super().__init__(tip, num_tokens)
-        self.branch = branch
-        self.generation: Generation | None = None
+        self._branch: Branch | None = branch
+        self._record = branch.record
+        self._finish_reason: FinishReason | None = None
+        self._token_ids: tuple[int, ...] = ()
         self._tree = tree
         self._tokenizer = tokenizer
         self._start = tip.length
@@ -123,22 +129,33 @@ class GenerationRequest(GenerateRequest):
         return "constraint"
 
     def finish(self, reason: FinishReason) -> None:
-        """Freezes what was generated into `generation`."""
+        """Freezes what was generated; `result` has it from here on."""
         self._tree.drop_ahead(self.tip)
         self._stream.finish()
+        self._finish_reason = reason
+        self._token_ids = tuple(self._tree.token_ids(self.tip, start=self._start))
+        self._record.logprobs += [token.logprob for token in self._sampled if token is not None]
+        self._record.guide = self.row.guide if reason == "length" else None
+
+    @property
+    def num_forced(self) -> int:
+        """How many of its tokens the constraint forced."""
+        return self._sampled.count(None)
+
+    def result(self, branch: Branch) -> Generation:
+        """What was generated onto `branch`, whose request this is."""
+        assert self._finish_reason is not None, "the call returned before its generation ended"
         sampled = [token for token in self._sampled if token is not None]
-        self.generation = Generation(
+        return Generation(
             text=self._stream.text,
-            token_ids=tuple(self._tree.token_ids(self.tip, start=self._start)),
+            token_ids=self._token_ids,
             logprobs=tuple(token.logprob for token in sampled),
             top_logprobs=tuple(token.top for token in sampled) if self.row.params.top_logprobs else (),
-            finish_reason=reason,
-            branch=self.branch,
-            num_forced=len(self._sampled) - len(sampled),
+            finish_reason=self._finish_reason,
+            branch=branch,
+            num_forced=self.num_forced,
             error=self._error,
         )
-        self.branch.record.logprobs += self.generation.logprobs
-        self.branch.record.guide = self.row.guide if reason == "length" else None
 
     def roll_back(self) -> None:
         """Leaves the branch as it was before the call."""
@@ -149,8 +166,9 @@ class GenerationRequest(GenerateRequest):
         if self._sink is not None and (text := self._stream.take()):
             self._sink(text)
 
-    def close_sink(self) -> None:
-        """Tells whoever watches that no more text comes."""
+    def close(self) -> None:
+        """Lets go of the branch, and tells whoever watches that no more text comes; before the caller is woken."""
+        self._branch = None
         if self._sink is not None:
             self._sink(None)
             self._sink = None

@@ -79,6 +79,7 @@ class StepLoop:
         self._fault: IntegrityError | None = None
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
         self._in_step: Step | None = None
+        self._counted_until = 0.0  # of the step's time, on the performance counter
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
         self._end: EngineClosed | EngineDead | None = None
@@ -244,7 +245,7 @@ class StepLoop:
 
     def _step(self) -> None:
         """One heartbeat: schedule → run → sample → commit."""
-        began = time.perf_counter()
+        self._counted_until = time.perf_counter()
         self._in_step = None
         with self.lock:
             self.release_collected()
@@ -263,7 +264,12 @@ class StepLoop:
         self._land(keep=num_ahead)
         with self.lock:
             self._look_ahead()
-            self.counters.busy_seconds += time.perf_counter() - began
+            self._count_time()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.counters.busy_seconds += now - self._counted_until
+        self._counted_until = now
 
     def _run(self, step: Step) -> Tensor | None:
         if step.batch is None:
@@ -308,6 +314,7 @@ class StepLoop:
             step, flight = self._flights.popleft()
             results = flight.results()
             with self.lock:
+                self._count_time()  # as with all that is counted: before anyone who could ask has the results
                 self._commit(step, results)
 
     def _look_ahead(self) -> None:
@@ -321,7 +328,8 @@ class StepLoop:
                 request.look_ahead(draw)
 
     def _fail(self, step: Step) -> None:
-        for request, error in step.failed:
+        while step.failed:  # none stays with the step: its traceback would lead to itself
+            request, error = step.failed.pop(0)
             if request.group is not None:  # not ended yet by a failure of the same call
                 self._end_group(request.group, error)
 
@@ -358,9 +366,8 @@ class StepLoop:
             request.finish(reason)
         request.show_new_text()
         if reason is not None:
-            assert request.generation is not None
             self.counters.num_logical += request.tip.length
-            self.counters.num_forced += request.generation.num_forced
+            self.counters.num_forced += request.num_forced
             self._settle(request)
 
     # --- endings -----------------------------------------------------------------------------------------------
@@ -373,7 +380,7 @@ class StepLoop:
         except Exception:  # noqa: BLE001 - a broken tree is why the loop ended; the waiters come first
             for request in group.requests:
                 if isinstance(request, GenerationRequest):
-                    request.close_sink()
+                    request.close()
             group.resolve(error)
 
     def _settle(self, request: Request) -> None:
@@ -382,7 +389,7 @@ class StepLoop:
         assert group is not None
         self.scheduler.remove(request)
         if isinstance(request, GenerationRequest):
-            request.close_sink()
+            request.close()
         if not group.num_open:
             group.resolve()
 
@@ -397,7 +404,7 @@ class StepLoop:
             if isinstance(request, GenerationRequest):
                 if not keep and request.tip.status == "idle":
                     request.roll_back()
-                request.close_sink()
+                request.close()
         if error is not None or keep:
             group.resolve(error)
         else:

@@ -165,7 +165,7 @@ class Scheduler:
             if group not in self._queue:
                 self._queue.appendleft(group)
         back = set(map(id, sent_back))
-        step.failed = [(request, error) for request, error in step.failed if id(request) not in back]
+        step.failed[:] = [(request, error) for request, error in step.failed if id(request) not in back]
         return bool(sent_back)
 
     def commit(self, step: Step, hidden: object) -> None:

@@ -81,9 +81,7 @@ class StepBuilder:
         except AssertionError:
             raise
         except Exception as error:  # noqa: BLE001 - others are in this step as well, and copies that must be made
-            failure = StepFailed(f"no room could be made for the request: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._failed.append((request, failure))
+            self._failed.append((request, _failure_of(error)))
         return self._num_rows - rows
 
     def _has_added(self, request: Request, budget: int) -> bool:
@@ -216,3 +214,9 @@ class StepBuilder:
         for request, source, row, candidate, index in self._waiting:
             place = first_output[id(source)] + row if isinstance(source, Run) else source
             yield Read(request, place, candidate, index)
+
+
+def _failure_of(error: Exception) -> StepFailed:
+    failure = StepFailed(f"no room could be made for the request: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -27,7 +27,10 @@ class Ticket(Generic[T]):
         except BaseException:
             self.cancel()
             raise
-        return self._read()
+        else:
+            return self._read()
+        finally:
+            del self  # an error's traceback names this frame, and the group has the error: a cycle would hold branches
 
     async def result(self) -> T:
         """`wait` for asyncio; cancelling the task cancels the call at once, and every branch of it rolls back."""
@@ -36,7 +39,10 @@ class Ticket(Generic[T]):
         except BaseException:
             self.cancel()
             raise
-        return self._read()
+        else:
+            return self._read()
+        finally:
+            del self  # an error's traceback names this frame, and the group has the error: a cycle would hold branches
 
     def cancel(self) -> None:
         """End the call; its branches are as they were before it. Nothing happens if it ended already."""

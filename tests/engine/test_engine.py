@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from dendrite.engine.errors import (
     OutOfBlocks,
     RequestError,
 )
+from dendrite.engine.loop import StepLoop
 from dendrite.testing import scripted_engine
 from dendrite.testing.runner import ScriptedRunner
 
@@ -251,12 +251,29 @@ def test_pruning_everything_frees_everything(engine: Engine) -> None:
     assert engine.stats().blocks_free == stats.blocks_total
 
 
+def test_what_a_caller_sees_waits_for_no_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's thread is still in the step that ended the call: what was dropped is free, and the step is counted."""
+    land, gate = StepLoop._land, threading.Event()
+
+    def late(loop: StepLoop, *, keep: int) -> None:
+        land(loop, keep=keep)
+        if not loop.scheduler.has_work:
+            gate.wait()
+
+    monkeypatch.setattr(StepLoop, "_land", late)
+    try:
+        engine.root("well").generate(max_tokens=5)
+        stats = engine.stats()
+    finally:
+        gate.set()
+    assert (stats.branches, stats.blocks_used) == (0, 0)
+    assert (stats.tokens_sampled, stats.tokens_logical) == (5, 10)
+    assert stats.tokens_per_second > 0
+
+
 def test_collected_branches_free_their_blocks(engine: Engine) -> None:
     """No handle, no blocks: what Python collects is given back."""
     engine.root("well").generate(max_tokens=5)
-    deadline = time.monotonic() + 10  # the loop's thread may hold the branch until its step is over
-    while engine.stats().blocks_used and time.monotonic() < deadline:
-        gc.collect()
     assert engine.stats().blocks_used == 0
     with engine.root("well") as root:
         root.generate(max_tokens=5)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
 from dendrite.engine.batch import Batch, Plan
 from dendrite.engine.blocks import BlockPool
+from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import StepFailed
 from dendrite.engine.ids import BlockId
@@ -36,6 +39,15 @@ class Fault:
             return sound(*args, **options)
 
         patch.setattr(owner, name, unsound)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only what nobody refers to is freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def work(engine: Engine) -> list[str]:
@@ -88,10 +100,41 @@ def test_a_fault_anywhere_leaks_nothing(owner: type, name: str, monkeypatch: pyt
             engine.check_integrity()
             assert work(engine) == wanted
             engine.check_integrity()
-            gc.collect()  # a traceback is a cycle with the frames that it names, and these hold branches
             stats = engine.stats()
             assert (stats.branches, stats.blocks_used, stats.swap_memory_used, stats.swap_disk_used) == (0, 0, 0, 0)
     assert failures > 0 or owner is ScriptedMover
+
+
+async def fail(root: Branch, front: str) -> None:
+    branch = root.fork()
+    with suppress(StepFailed):
+        match front:
+            case "generate":
+                branch.generate(max_tokens=6)
+            case "agenerate":
+                await branch.agenerate(max_tokens=6)
+            case "stream":
+                list(branch.stream(max_tokens=6))
+            case "astream":
+                [piece async for piece in branch.astream(max_tokens=6)]
+            case "score":
+                branch.score([" good", " rather bad"])
+        pytest.fail("the step was to fail")
+
+
+@pytest.mark.parametrize("front", ["generate", "agenerate", "stream", "astream", "score"])
+async def test_an_error_that_is_gone_holds_no_branch(
+    front: str, monkeypatch: pytest.MonkeyPatch, no_collector: None
+) -> None:
+    """Its traceback names the frames that had the branch; they go with it, and wait for no search for cycles."""
+    with scripted_engine(reply) as engine, engine.root("the plan") as root:
+        fault = Fault()
+        fault.wrap(monkeypatch, ScriptedRunner, "run")
+        fault.at = 0
+        await fail(root, front)
+        await asyncio.sleep(0)  # the event loop has the error until its turn is over
+        fault.error = RuntimeError("injected")
+        assert engine.stats().branches == 1
 
 
 def test_a_failed_step_leaves_every_branch_of_its_calls_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
