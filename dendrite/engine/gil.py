@@ -1,9 +1,10 @@
 """Keeps other Python threads from slowing a step.
 
 Every PyTorch call gives the interpreter's lock up and takes it back. With another thread busy in Python, taking it back
-means waiting for one switch interval, 5 ms by default, and a step on the CPU makes hundreds of calls. While it steps,
-the engine therefore asks for a short interval; and as its thread waits out that interval on a timer, the timer of that
-thread is made exact on Linux, where it is otherwise free to ring 50 microseconds late.
+means waiting for one switch interval, 5 ms by default, and a step on the CPU makes over a hundred calls, one of which
+runs all layers (`compiled`). While it steps, the engine therefore asks for a short interval; and as its thread waits
+out that interval on a timer, the timer of that thread is made exact on Linux, where it is otherwise free to ring 50
+microseconds late.
 """
 
 from __future__ import annotations

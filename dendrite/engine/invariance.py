@@ -19,6 +19,7 @@ from dendrite.engine.attention.ordered import OrderedAttention
 from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.errors import ModelError
 from dendrite.engine.kv_pool import KVPool
+from dendrite.engine.passes.lean import LeanLayers
 from dendrite.engine.spec import ModelSpec
 
 CUTS = ((1, 2, 3, 4, 5, 7, 9, 15, 17, 33, 96), (64, 65, 63), (1,) * 140 + (52,), (2, 190))
@@ -69,7 +70,9 @@ class _Trial:
     """One layer over random rows of one path, with a K/V pool of its own."""
 
     def __init__(self, decoder: nn.Module, spec: ModelSpec) -> None:
-        self._layers: nn.ModuleList = decoder.get_submodule("layers")  # type: ignore[assignment]
+        layers = decoder.get_submodule("layers.0")
+        assert isinstance(layers, LeanLayers), "a steady decoder runs its layers as one module"
+        self._layer = layers.first()
         self._rotary = decoder.get_submodule("rotary_emb")
         one = replace(spec, num_layers=1)
         pool = KVPool(one, num_blocks=-(-NUM_ROWS // BLOCK_SIZE), block_size=BLOCK_SIZE, device=torch.device("cpu"))
@@ -99,7 +102,7 @@ class _Trial:
         self._backend.prepare(Plan(len(rows), tuple(segments)))
         step = AttentionStep(self._backend, positions + BLOCK_SIZE)
         rotation = self._rotary(hidden, position_ids=positions.unsqueeze(0))
-        output: Tensor = self._layers[0](hidden, position_embeddings=rotation, dendrite_step=step)
+        output: Tensor = self._layer(hidden, position_embeddings=rotation, dendrite_step=step)
         return output[0]
 
 

@@ -84,6 +84,11 @@ class AttentionStep:
         """Where a layer that keeps its own K/V writes it, at `slots`: [2, num_kv_heads, num_slots, head_dim]."""
         return self.backend.pool.layers[layer]
 
+    def all_kept(self, num_layers: int) -> Tensor:
+        """For whoever runs all layers as one: their K/V, [num_layers, 2, num_kv_heads, num_slots, head_dim]."""
+        self.layers_run.extend(range(num_layers))
+        return self.backend.pool.data
+
     def attend_kept(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attend, for a layer that has written its rows' K/V to `kept(layer)`; otherwise as `attend`."""
         self.layers_run.append(layer)

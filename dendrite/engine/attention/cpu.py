@@ -1,17 +1,11 @@
 """Tree attention for the CPU: each shared segment is read once for all the rows under it.
 
-A tile's rows hold all their scores in one matrix whose columns are the keys of its runs, then those gathered for each
-row; `tiles` draws it. One softmax over it replaces partial results and their merging. Cells that belong to no key of
-their row hold the least finite score, so that their weight is exactly zero, and what unwritten slots hold never
-reaches a result: not even a NaN, which a zero weight would not silence.
-
-Matrix products go through `bmm`: oneDNN runs it at twice the speed of PyTorch's flash kernel for the CPU. In bfloat16
-scores are rounded as in Transformers' eager attention, which costs no accuracy that shows in the logits.
+Here a plan becomes views and index tensors, once a step, because each costs time in every layer; `cpu_tiles` says what
+is computed on them.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dendrite.engine.attention.base import AttentionBackend
+from dendrite.engine.attention.cpu_tiles import GatherViews, RunViews, TileViews, attend
 from dendrite.engine.attention.tiles import Run, Tile, tiles
 from dendrite.engine.batch import Plan
+from dendrite.engine.compiled import compiled
 from dendrite.engine.ids import TRASH_BLOCK
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.spec import ModelSpec
@@ -35,19 +31,18 @@ class TreeAttention(AttentionBackend):
     def __init__(self, pool: KVPool, spec: ModelSpec) -> None:
         super().__init__(pool, spec)
         self._workspace = Workspace(pool.data.dtype)
-        self._tiles: list[_PreparedTile] = []
+        self._attend = compiled(attend)
+        self.tiles: list[TileViews] = []
+        """The plan as `cpu_tiles.attend` takes it."""
 
     def prepare(self, plan: Plan) -> None:
         """Cut the plan into tiles, choose forms, make index tensors, masks and buffers."""
         planned = tiles(plan, num_heads=self.spec.num_heads)
-        self._tiles = [_PreparedTile(tile, self.pool, self.spec, self._workspace) for tile in planned]
+        self.tiles = [_tile_views(tile, self.pool, self.spec, self._workspace) for tile in planned]
 
     def run(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attend; see `AttentionBackend.run`."""
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for tile in self._tiles:
-            tile.run(layer, query, scale, output)
-        return output
+        return self._attend(self.tiles, self.pool.layers[layer], query, scale)
 
 
 class Workspace:
@@ -66,114 +61,51 @@ class Workspace:
         return buffer[:size].view(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Buffers:
-    """What a tile's parts read and write; `group` is the query heads of one K/V head."""
-
-    query: Tensor  # [num_kv_heads, num_rows, group, head_dim]
-    scores: Tensor  # [num_kv_heads, num_rows, group, width]
-    weights: Tensor  # [num_kv_heads, num_rows, group, width]
-    output: Tensor  # [num_kv_heads, num_rows, group, head_dim]
-
-
-class _Part(ABC):
-    """Some of a tile's keys: columns of its score matrix."""
-
-    @abstractmethod
-    def score(self, pool: KVPool, layer: int, scale: float) -> Tensor:
-        """Write the part's scores; its values of this layer, for `accumulate`."""
-
-    @abstractmethod
-    def accumulate(self, values: Tensor) -> None:
-        """Add the part's weighted values to the output."""
-
-
-class _PreparedTile:
-    """One tile's buffers and parts. Views are made here, once a step, because each costs time in every layer."""
-
-    def __init__(self, tile: Tile, pool: KVPool, spec: ModelSpec, workspace: Workspace) -> None:
-        self._rows = slice(tile.row_start, tile.row_end)
-        self._pool = pool
-        index = _GatherIndex.of(tile, pool.block_size) if tile.gathered else None
-        heads = (spec.num_kv_heads, tile.row_end - tile.row_start, spec.num_heads // spec.num_kv_heads)
-        scores = (*heads, tile.width + (index.num_keys if index else 0))
-        unused = _has_unused(tile, index, scores)
-        self._buffers = buffers = _Buffers(
-            query=workspace.take("query", (*heads, spec.head_dim)),
-            scores=_masked(scores, pool.data.dtype) if unused else workspace.take("scores", scores),
-            weights=workspace.take("weights", scores),
-            output=workspace.take("output", (*heads, spec.head_dim)),
-        )
-        self._parts: list[_Part] = [
-            _RunPart(run, column, tile.row_start, buffers) for run, column in zip(tile.runs, tile.columns, strict=True)
-        ]
-        if index:
-            self._parts.append(_GatherPart(index, tile, buffers))
-
-    def run(self, layer: int, query: Tensor, scale: float, output: Tensor) -> None:
-        """Attend the tile's rows of `query` [num_rows, num_heads, head_dim] into the same rows of `output`."""
-        buffers = self._buffers
-        heads = (buffers.query.shape[0], buffers.query.shape[2])
-        buffers.query.copy_(query[self._rows].unflatten(1, heads).transpose(0, 1))
-        values = [part.score(self._pool, layer, scale) for part in self._parts]
-        torch.softmax(buffers.scores, -1, out=buffers.weights)
-        buffers.output.zero_()
-        for part, part_values in zip(self._parts, values, strict=True):
-            part.accumulate(part_values)
-        output[self._rows].unflatten(1, heads).transpose(0, 1).copy_(buffers.output)
+def _tile_views(tile: Tile, pool: KVPool, spec: ModelSpec, workspace: Workspace) -> TileViews:
+    index = _GatherIndex.of(tile, pool.block_size) if tile.gathered else None
+    heads = (spec.num_kv_heads, tile.row_end - tile.row_start, spec.num_heads // spec.num_kv_heads)
+    scores = (*heads, tile.width + (index.num_keys if index else 0))
+    unused = _has_unused(tile, index, scores)
+    views = TileViews(
+        row_start=tile.row_start,
+        row_end=tile.row_end,
+        query=workspace.take("query", (*heads, spec.head_dim)),
+        scores=_masked(scores, pool.data.dtype) if unused else workspace.take("scores", scores),
+        weights=workspace.take("weights", scores),
+        output=workspace.take("output", (*heads, spec.head_dim)),
+        runs=[],
+        gathered=None,
+    )
+    return views._replace(
+        runs=[_run_views(run, column, views) for run, column in zip(tile.runs, tile.columns, strict=True)],
+        gathered=_gather_views(index, tile, views, pool.block_size) if index else None,
+    )
 
 
-class _RunPart(_Part):
-    """Keys read once: one matrix product for all rows under them."""
-
-    def __init__(self, run: Run, column: int, row_start: int, buffers: _Buffers) -> None:
-        rows = slice(run.row_start - row_start, run.row_end - row_start)
-        columns = slice(column, column + run.num_keys)
-        num_heads = buffers.query.shape[0]
-        self._query = buffers.query[:, rows].view(num_heads, -1, buffers.query.shape[-1])
-        self._scores = buffers.scores[:, rows, :, columns].view(num_heads, -1, run.num_keys)
-        self._weights = buffers.weights[:, rows, :, columns].view(num_heads, -1, run.num_keys)
-        self._output = buffers.output[:, rows].view(num_heads, -1, buffers.output.shape[-1])
-        self._spans = [slice(*span) for span in run.spans]
-        self._slots = _slots(run) if len(run.spans) > 1 and run.num_keys < MIN_JOINED * len(run.spans) else None
-        self._ceiling = _ceiling(run, buffers.scores.dtype)
-        if self._ceiling is not None:
-            first = column + run.num_keys - self._ceiling.shape[-1]
-            self._limited = buffers.scores[:, rows, :, first : column + run.num_keys]
-
-    def score(self, pool: KVPool, layer: int, scale: float) -> Tensor:
-        """See `_Part.score`."""
-        keys, values = self._load(pool.layers[layer])
-        if keys.dtype is not torch.float32:
-            # oneDNN's 16-bit product takes a transposed matrix only when it is contiguous; PyTorch would copy it
-            # element by element.
-            keys = keys.contiguous()
-        torch.baddbmm(self._scores, self._query, keys.mT, beta=0, alpha=scale, out=self._scores)
-        if self._ceiling is not None:
-            torch.minimum(self._limited, self._ceiling, out=self._limited)
-        return values
-
-    def accumulate(self, values: Tensor) -> None:
-        """See `_Part.accumulate`."""
-        self._output.baddbmm_(self._weights, values)
-
-    def _load(self, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
-        # [2, num_kv_heads, num_slots, head_dim] -> two of [num_kv_heads, num_keys, head_dim]
-        if self._slots is not None:
-            found = keys_and_values.index_select(2, self._slots)
-        elif len(self._spans) > 1:
-            found = torch.cat([keys_and_values[:, :, span] for span in self._spans], 2)
-        else:
-            found = keys_and_values[:, :, self._spans[0]]
-        keys, values = found.unbind()
-        return keys, values
+def _run_views(run: Run, column: int, tile: TileViews) -> RunViews:
+    rows = slice(run.row_start - tile.row_start, run.row_end - tile.row_start)
+    columns = slice(column, column + run.num_keys)
+    num_heads, _, _, head_dim = tile.query.shape
+    ceiling = _ceiling(run, tile.scores.dtype)
+    limited = None
+    if ceiling is not None:
+        limited = tile.scores[:, rows, :, columns.stop - ceiling.shape[-1] : columns.stop]
+    return RunViews(
+        query=tile.query[:, rows].view(num_heads, -1, head_dim),
+        scores=tile.scores[:, rows, :, columns].view(num_heads, -1, run.num_keys),
+        weights=tile.weights[:, rows, :, columns].view(num_heads, -1, run.num_keys),
+        output=tile.output[:, rows].view(num_heads, -1, head_dim),
+        spans=list(run.spans),
+        slots=_slots(run) if len(run.spans) > 1 and run.num_keys < MIN_JOINED * len(run.spans) else None,
+        limited=limited,
+        ceiling=ceiling,
+    )
 
 
 def _ceiling(run: Run, dtype: torch.dtype) -> Tensor | None:
     """The most that a score may be, for the keys that not every row reads: [num_rows, 1, num_such_keys].
 
-    The least finite score hides a key, the greatest leaves its score as it is. A minimum takes a third of the time of a
-    masked fill.
+    The least finite score hides a key, the greatest leaves its score as it is.
     """
     if not run.limits:
         return None
@@ -245,33 +177,18 @@ def _masked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.finfo(dtype).min, dtype=dtype)
 
 
-class _GatherPart(_Part):
-    """Keys copied side by side for each row: one batched product of small matrices."""
-
-    def __init__(self, index: _GatherIndex, tile: Tile, buffers: _Buffers) -> None:
-        rows = slice(index.row_start - tile.row_start, index.row_end - tile.row_start)
-        self._index = index
-        self._query = buffers.query[:, rows]
-        self._scores = buffers.scores[:, rows, :, tile.width :]
-        self._weights = buffers.weights[:, rows, :, tile.width :]
-        self._output = buffers.output[:, rows]
-        self._hidden_keys = index.hidden.flatten().nonzero().flatten()
-        self._least = torch.tensor(torch.finfo(buffers.scores.dtype).min, dtype=buffers.scores.dtype)
-        self._zero = torch.zeros((1, 1, 1), dtype=buffers.scores.dtype)
-
-    def score(self, pool: KVPool, layer: int, scale: float) -> Tensor:
-        """See `_Part.score`."""
-        num_heads, num_rows, group, head_dim = self._query.shape
-        gathered = pool.layer_blocks[layer].index_select(2, self._index.blocks)
-        keys, values = gathered.view(2, num_heads, -1, head_dim).unbind()
-        values.index_fill_(1, self._hidden_keys, 0)
-        query = self._query.reshape(-1, group, head_dim)
-        keys = keys.view(num_heads * num_rows, -1, head_dim)
-        scores = torch.baddbmm(self._zero, query, keys.mT, beta=0, alpha=scale)
-        torch.where(self._index.hidden, self._least, scores.view(self._scores.shape), out=self._scores)
-        return values.view_as(keys)
-
-    def accumulate(self, values: Tensor) -> None:
-        """See `_Part.accumulate`."""
-        weights = self._weights.reshape(values.shape[0], -1, self._index.num_keys)
-        self._output.add_(torch.bmm(weights, values).view(self._output.shape))
+def _gather_views(index: _GatherIndex, tile: Tile, views: TileViews, block_size: int) -> GatherViews:
+    rows = slice(index.row_start - tile.row_start, index.row_end - tile.row_start)
+    dtype = views.scores.dtype
+    return GatherViews(
+        query=views.query[:, rows],
+        scores=views.scores[:, rows, :, tile.width :],
+        weights=views.weights[:, rows, :, tile.width :],
+        output=views.output[:, rows],
+        blocks=index.blocks,
+        block_size=block_size,
+        hidden=index.hidden,
+        hidden_keys=index.hidden.flatten().nonzero().flatten(),
+        least=torch.tensor(torch.finfo(dtype).min, dtype=dtype),
+        zero=torch.zeros((1, 1, 1), dtype=dtype),
+    )

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from dendrite.engine.openmp import dismiss_team
 from dendrite.engine.passes.lean import make_lean
-from dendrite.engine.passes.linear import can_pack, pack
-from dendrite.engine.passes.steady import pair_rows
+from dendrite.engine.passes.linear import FastLinear, can_pack, pack
 
 __all__ = ["optimise"]
 
@@ -28,18 +27,16 @@ def optimise(model: PreTrainedModel, *, steady: bool = False) -> None:
     """
     if model.device.type == "cpu":
         make_lean(model, steady=steady)
-        _pack_linears(model)
-        if steady:
-            pair_rows(model)
+        _pack_linears(model, steady=steady)
     elif model.device.type == "cuda" and find_spec("triton") is not None:
         from dendrite.engine.passes.fused import make_fused  # noqa: PLC0415 - only machines with a GPU have Triton
 
         make_fused(model)
 
 
-def _pack_linears(model: PreTrainedModel) -> None:
+def _pack_linears(model: PreTrainedModel, *, steady: bool) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(module, name, pack(child.weight, child.bias))
+                setattr(module, name, FastLinear(pack(child.weight, child.bias, steady=steady)))
     dismiss_team()  # of the thread that loads: the steps' own would be one team too many

@@ -5,7 +5,7 @@ A family is recognised by the exact types of its modules: one that inherits a la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import cast
 
 from torch import nn
@@ -37,10 +37,13 @@ def is_recognised(decoder: llama.LlamaModel) -> bool:
     return all(_is_plain(_layer(decoder, index), types) for index in range(len(decoder.layers)))
 
 
-def replace_layers(decoder: llama.LlamaModel, make: Callable[[llama.LlamaDecoderLayer], nn.Module]) -> None:
-    """Put what `make` builds from each layer in its place; one layer at a time is in memory twice."""
+def take_layers(decoder: llama.LlamaModel) -> Iterator[llama.LlamaDecoderLayer]:
+    """The decoder's layers, each out of it already: what is made of one by one is never in memory twice as a whole."""
     for index in range(len(decoder.layers)):
-        decoder.layers[index] = make(_layer(decoder, index))
+        layer = _layer(decoder, index)
+        decoder.layers[index] = nn.Identity()
+        yield layer
+        del layer
 
 
 def _layer(decoder: llama.LlamaModel, index: int) -> llama.LlamaDecoderLayer:

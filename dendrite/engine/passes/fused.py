@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
 from dendrite.engine.kernels.rotary import rotate_and_keep
-from dendrite.engine.passes.families import is_recognised, replace_layers
+from dendrite.engine.passes.families import is_recognised, take_layers
 from dendrite.engine.passes.stream import Norm, Projection, Stream
 from dendrite.engine.passes.tuning import seconds_on_device, tune
 from dendrite.engine.structure import context_length
@@ -38,7 +38,7 @@ def make_fused(model: PreTrainedModel) -> None:
         return
     decoder.rotary_emb = _RotaryTable(decoder.rotary_emb, context_length(decoder.config), model.dtype)
     decoder.norm = _FinalNorm(decoder.norm)
-    replace_layers(decoder, FusedLayer)
+    decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
     if model.device.type == "cuda":
         tune(list(decoder.layers), decoder.config.hidden_size, seconds_on_device)
 

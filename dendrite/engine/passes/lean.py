@@ -1,19 +1,16 @@
-"""The forward of Llama-like layers in few operators: Llama, Mistral, Qwen2 and Qwen3, and whatever shares their code.
+"""The decoder of Llama-like models in few operators: Llama, Mistral, Qwen2 and Qwen3, and whatever shares their code.
 
 A decoding step on the CPU is hundreds of small operators, each of which costs microseconds before it computes anything
-and gives the interpreter's lock away once. A module's call costs microseconds too, so a layer runs its
-parts' `forward`. Per layer, attention aside, these are left:
-
-    norm   qkv   (head norms)   roll, mul, addcmul (rope)   attend   out + residual
-    norm   gate|up   silu, mul   down + residual
+and gives the interpreter's lock away once. So the layers become one module that runs them all as one compiled call,
+where the attention is the CPU's own; with another, or where rows must not depend on each other's number, it runs the
+same functions one by one.
 
 `families` says which models these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -23,9 +20,12 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
-from dendrite.engine.passes.families import is_recognised, replace_layers
+from dendrite.engine.attention.cpu import TreeAttention
+from dendrite.engine.compiled import compiled
+from dendrite.engine.passes.families import is_recognised, take_layers
+from dendrite.engine.passes.lean_layer import LayerWeights, StepRows, finish, kv_of, project, queries_of, run_layers
 from dendrite.engine.passes.linear import merged, pack
-from dendrite.engine.passes.steady import SteadyRotary, steady_silu
+from dendrite.engine.passes.steady import SteadyRotary, row_pieces
 
 
 def make_lean(model: PreTrainedModel, *, steady: bool = False) -> None:
@@ -38,7 +38,77 @@ def make_lean(model: PreTrainedModel, *, steady: bool = False) -> None:
         return
     decoder.rotary_emb = _LeanRotary(SteadyRotary(decoder.rotary_emb) if steady else decoder.rotary_emb)
     decoder.norm = _LeanNorm(decoder.norm)
-    replace_layers(decoder, partial(_LeanLayer, silu=steady_silu if steady else F.silu))
+    layers = [_weights_of(layer, steady=steady) for layer in take_layers(decoder)]
+    decoder.layers = nn.ModuleList([LeanLayers(layers, steady=steady)])
+
+
+class LeanLayers(nn.Module):
+    """All layers of a decoder, over packed rows."""
+
+    def __init__(self, layers: Sequence[LayerWeights], *, steady: bool) -> None:
+        super().__init__()
+        self._layers = list(layers)
+        self._steady = steady
+        self._run_layers = compiled(run_layers)
+
+    def first(self) -> LeanLayers:
+        """The first of them alone."""
+        return LeanLayers(self._layers[:1], steady=self._steady)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        dendrite_step: AttentionStep,
+        **_: object,
+    ) -> Tensor:
+        """Map hidden states [1, num_rows, hidden_size] to the same; other keywords are those that attention ignores."""
+        hidden, backend = hidden_states[0], dendrite_step.backend
+        if isinstance(backend, TreeAttention) and not self._steady:
+            rows = StepRows(*position_embeddings, dendrite_step.slots, backend.tiles)
+            hidden = self._run_layers(self._layers, hidden, rows, dendrite_step.all_kept(len(self._layers)))
+        else:
+            hidden = self._one_by_one(hidden, position_embeddings, dendrite_step)
+        return hidden.unsqueeze(0)
+
+    def _one_by_one(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
+        pieces: list[int] = []
+        if self._steady:
+            width = sum(self._layers[0].down.widths)
+            pieces = row_pieces(len(hidden), width, num_threads=torch.get_num_threads())
+        for index, layer in enumerate(self._layers):
+            qkv = project(layer, hidden, *rotation)
+            attended = step.attend(index, queries_of(layer, qkv), kv_of(layer, qkv), layer.scale)
+            hidden = finish(layer, attended, hidden, pieces)
+        return hidden
+
+
+def _weights_of(layer: llama.LlamaDecoderLayer, *, steady: bool) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    return LayerWeights(
+        num_heads=attention.q_proj.out_features // attention.head_dim,
+        num_kv_heads=attention.k_proj.out_features // attention.head_dim,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        epsilon=layer.input_layernorm.variance_epsilon,
+        input_norm=layer.input_layernorm.weight.detach(),
+        qkv=merged([attention.q_proj, attention.k_proj, attention.v_proj], steady=steady),
+        head_norms=_head_norms(attention) if hasattr(attention, "q_norm") else None,
+        out=pack(attention.o_proj.weight, attention.o_proj.bias, steady=steady),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=merged([mlp.gate_proj, mlp.up_proj], steady=steady),
+        down=pack(mlp.down_proj.weight, mlp.down_proj.bias, steady=steady),
+    )
+
+
+def _head_norms(attention: llama.LlamaAttention) -> Tensor:
+    """The weights of the norms of queries and keys (Qwen3), [num_heads + num_kv_heads, head_dim]."""
+    query_norm, key_norm = cast("tuple[llama.LlamaRMSNorm, ...]", (attention.q_norm, attention.k_norm))
+    num_kv_heads = attention.k_proj.out_features // attention.head_dim
+    num_heads = num_kv_heads * attention.num_key_value_groups
+    query, key = query_norm.weight.detach(), key_norm.weight.detach()
+    return torch.cat((query.expand(num_heads, -1), key.expand(num_kv_heads, -1)))
 
 
 class _LeanNorm(nn.Module):
@@ -68,65 +138,3 @@ class _LeanRotary(nn.Module):
         cos, sin = self._rotary(x, position_ids=position_ids)
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-
-
-class _LeanLayer(nn.Module):
-    """A decoder layer over packed rows."""
-
-    def __init__(self, layer: llama.LlamaDecoderLayer, *, silu: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._silu = silu
-        attention, mlp = layer.self_attn, layer.mlp
-        self._layer_idx: int = attention.layer_idx
-        self._scale: float = attention.scaling
-        self._head_dim: int = attention.head_dim
-        self._num_heads: int = attention.q_proj.out_features // self._head_dim
-        self._num_kv_heads: int = attention.k_proj.out_features // self._head_dim
-        self._head_norms = _HeadNorms(attention) if hasattr(attention, "q_norm") else None
-        self._input_norm = _LeanNorm(layer.input_layernorm)
-        self._qkv = merged([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = pack(attention.o_proj.weight, attention.o_proj.bias)
-        self._mlp_norm = _LeanNorm(layer.post_attention_layernorm)
-        self._gate_up = merged([mlp.gate_proj, mlp.up_proj])
-        self._down = pack(mlp.down_proj.weight, mlp.down_proj.bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        dendrite_step: AttentionStep,
-        **_: object,
-    ) -> Tensor:
-        """Map hidden states [1, num_rows, hidden_size] to the same; other keywords are those that attention ignores."""
-        hidden = hidden_states[0]
-        hidden = self._out.forward_add(self._attend(hidden, position_embeddings, dendrite_step), hidden)
-        gate, up = self._gate_up.forward(self._mlp_norm.forward(hidden)).chunk(2, dim=-1)
-        return self._down.forward_add(self._silu(gate).mul_(up), hidden).unsqueeze(0)
-
-    def _attend(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
-        # [num_rows, hidden_size] -> [num_rows, num_heads * head_dim]
-        qkv = self._qkv.forward(self._input_norm.forward(hidden)).unflatten(-1, (-1, self._head_dim))
-        rotated = qkv[:, : -self._num_kv_heads]  # queries and keys, [num_rows, num_heads + num_kv_heads, head_dim]
-        qk = self._head_norms(rotated) if self._head_norms is not None else rotated
-        cos, signed_sin = rotation
-        torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, -1), signed_sin, out=rotated)
-        kv = qkv[:, self._num_heads :].unflatten(1, (2, self._num_kv_heads))
-        return step.attend(self._layer_idx, qkv[:, : self._num_heads], kv, self._scale).flatten(1)
-
-
-class _HeadNorms(nn.Module):
-    """The norms of queries and keys (Qwen3), all heads at once."""
-
-    def __init__(self, attention: llama.LlamaAttention) -> None:
-        super().__init__()
-        query_norm, key_norm = cast("tuple[llama.LlamaRMSNorm, ...]", (attention.q_norm, attention.k_norm))
-        num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        num_heads = num_kv_heads * attention.num_key_value_groups
-        query, key = query_norm.weight.detach(), key_norm.weight.detach()
-        self._weight = torch.cat((query.expand(num_heads, -1), key.expand(num_kv_heads, -1)))
-        self._epsilon = query_norm.variance_epsilon
-
-    def forward(self, qk: Tensor) -> Tensor:
-        """Map [num_rows, num_heads + num_kv_heads, head_dim] to the same."""
-        return F.rms_norm(qk, qk.shape[-1:], None, self._epsilon) * self._weight

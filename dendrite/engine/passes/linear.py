@@ -2,12 +2,15 @@
 
 For the few dozen rows of a decoding step, oneDNN's products on a weight in its own layout beat plain linears 1.2 to 1.7
 times in bfloat16 and 2 to 4 times in float32 (SmolLM2-135M's shapes, 32 rows; at 1 row 1.6 times).
+
+In float32 oneDNN adds the products of an output one after the other, over all inputs, and rounds more than a BLAS that
+adds in blocks: over SmolLM2's 30 layers the logits were up to 2e-4 off, against 7e-5 for Transformers, both measured in
+float64. So wide float32 inputs are cut into parts, each summed by itself.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated: functions of this module are compiled.
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,84 +22,76 @@ EXPECTED_ROWS = 32
 """Rows that the layout is chosen for; other numbers work as well, and as fast within what can be measured."""
 
 
-class PackedLinear(nn.Module):
-    """`x @ weight.T + bias` on a prepacked weight."""
+class Linear(NamedTuple):
+    """`x @ weight.T + bias`, as compiled functions take it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    parts: list[Tensor]
+    """The weight [out_features, in_features], cut by inputs; each in oneDNN's layout if it is packed."""
+    widths: list[int]
+    """Inputs of each part."""
+    bias: Tensor | None
+    is_packed: bool
+    is_steady: bool
+    """A single row is computed twice: matrix products have kernels of their own for one row, which round otherwise."""
+
+
+def linear(x: Tensor, layer: Linear) -> Tensor:
+    """Map [..., in_features] to [..., out_features]."""
+    if layer.is_steady and x.shape[-2] == 1:
+        return _linear(_twice(x), layer)[..., :1, :]
+    return _linear(x, layer)
+
+
+def linear_add(x: Tensor, layer: Linear, residual: Tensor) -> Tensor:
+    """`linear(x) + residual`."""
+    if layer.is_steady and x.shape[-2] == 1:
+        return _linear_add(_twice(x), layer, _twice(residual))[..., :1, :]
+    return _linear_add(x, layer, residual)
+
+
+def _linear(x: Tensor, layer: Linear) -> Tensor:
+    if not layer.is_packed:
+        return F.linear(x, layer.parts[0], layer.bias)
+    inputs = torch.split_with_sizes(x, layer.widths, -1)
+    # PyTorch's own compiler calls the packed product by its private name too.
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs[0], layer.parts[0], layer.bias, "none", [], "")  # noqa: SLF001
+    for index in range(1, len(layer.parts)):
+        output = _product_and_sum(inputs[index], layer.parts[index], None, output)
+    return output
+
+
+def _linear_add(x: Tensor, layer: Linear, residual: Tensor) -> Tensor:
+    if layer.is_packed and len(layer.parts) == 1:
+        return _product_and_sum(x, layer.parts[0], layer.bias, residual)
+    return _linear(x, layer).add_(residual)  # the residual last: it is often much larger than each part
+
+
+def _product_and_sum(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    # in one operator, rounded once
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, weight, bias, "add")  # noqa: SLF001
+    return output
+
+
+def _twice(row: Tensor) -> Tensor:
+    return torch.cat((row, row), -2)
+
+
+class FastLinear(nn.Module):
+    """The same as a module, in the place of one of the model's own."""
+
+    def __init__(self, layer: Linear) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)  # noqa: SLF001
-        self._linear = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - the names that PyTorch's own
-        self._linear_binary = torch.ops.mkldnn._linear_pointwise.binary  # noqa: SLF001 - compiler calls them by
+        self.linear = layer
+        self.bias = layer.bias
 
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features], unpacked; for code that looks at a layer's weight, and slow."""
-        unpacked: Tensor = self._packed.to_dense()
-        return unpacked
+        return torch.cat([part.to_dense() for part in self.linear.parts], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        output: Tensor = self._linear(x, self._packed, self.bias, "none", [], "")
-        return output
-
-    def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`forward(x) + residual`, in one operator."""
-        output: Tensor = self._linear_binary(x, residual, self._packed, self.bias, "add")
-        return output
-
-
-class SplitLinear(nn.Module):
-    """A packed float32 layer whose sums are as exact as plain linears'.
-
-    oneDNN adds the products of an output one after the other, over all inputs, and rounds more than a BLAS that adds in
-    blocks: over SmolLM2's 30 layers the logits were up to 2e-4 off, against 7e-5 for Transformers, both measured in
-    float64. So the inputs are cut into parts, each summed by itself.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        parts = weight.split(MAX_SUM, dim=1)
-        self._widths = [part.shape[1] for part in parts]
-        self._first = PackedLinear(parts[0].contiguous(), bias)
-        self._others = [PackedLinear(part.contiguous(), None) for part in parts[1:]]
-
-    @property
-    def weight(self) -> Tensor:
-        """[out_features, in_features], unpacked; for code that looks at a layer's weight, and slow."""
-        return torch.cat([self._first.weight, *(part.weight for part in self._others)], dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        first, *others = x.split(self._widths, dim=-1)
-        output = self._first.forward(first)
-        for part, part_input in zip(self._others, others, strict=True):
-            output = part.forward_add(part_input, output)
-        return output
-
-    def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`forward(x) + residual`, the residual last: it is often much larger than each part."""
-        return self.forward(x).add_(residual)
-
-
-class PlainLinear(nn.Module):
-    """The same on the weight as it is, where it cannot be packed."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        return F.linear(x, self.weight, self.bias)
-
-    def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`forward(x) + residual`."""
-        return self.forward(x).add_(residual)
+        return linear(x, self.linear)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -104,27 +99,25 @@ def can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - it has no public name
     return weight.dtype == torch.float32
 
 
-FastLinear: TypeAlias = PackedLinear | SplitLinear | PlainLinear
-
-
-def pack(weight: Tensor, bias: Tensor | None) -> FastLinear:
+def pack(weight: Tensor, bias: Tensor | None, *, steady: bool = False) -> Linear:
     """A linear layer of the weight [out_features, in_features], packed where that works."""
     weight, bias = weight.detach(), bias.detach() if bias is not None else None
     if not can_pack(weight):
-        return PlainLinear(weight, bias)
-    is_split = weight.dtype == torch.float32 and weight.shape[1] > MAX_SUM
-    return SplitLinear(weight, bias) if is_split else PackedLinear(weight, bias)
+        return Linear([weight], [weight.shape[1]], bias, is_packed=False, is_steady=steady)
+    pieces = weight.split(MAX_SUM if weight.dtype is torch.float32 else weight.shape[1], dim=1)
+    packed = [torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), EXPECTED_ROWS) for piece in pieces]  # noqa: SLF001 - as above
+    return Linear(packed, [piece.shape[1] for piece in pieces], bias, is_packed=True, is_steady=steady)
 
 
-def merged(linears: Sequence[nn.Linear]) -> FastLinear:
+def merged(linears: Sequence[nn.Linear], *, steady: bool = False) -> Linear:
     """One layer that computes several over the same input: their outputs side by side."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = biases_of(linears)
-    return pack(weight, torch.cat(biases) if biases else None)
+    return pack(weight, torch.cat(biases) if biases else None, steady=steady)
 
 
 def biases_of(linears: Sequence[nn.Linear]) -> list[Tensor]:

@@ -36,9 +36,8 @@ MUTATIONS = (
     Mutation(
         "stale plan",
         "attention.cpu",
-        "        self._tiles = [_PreparedTile(tile, self.pool, self.spec, self._workspace) for tile in planned]",
-        "        self._tiles = self._tiles or "
-        "[_PreparedTile(tile, self.pool, self.spec, self._workspace) for tile in planned]",
+        "self.tiles = [_tile_views(",
+        "self.tiles = self.tiles or [_tile_views(",
     ),
     Mutation(
         "two runs share a column",
