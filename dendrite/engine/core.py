@@ -66,6 +66,7 @@ class Core:
             host_bytes=config.swap_memory if config.swap_memory is not None else runner.default_swap_bytes,
             disk_bytes=config.swap_disk,
             folder=config.swap_folder,
+            has_sums=config.integrity == "checksum",
         )
         pool = self._pool(config, runner.num_blocks + 1, runner.block_size)
         self._tree = KVTree(pool, drop_stored=self.swap.drop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,13 @@ class PoolMover:
     def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
         """The sum of each block's words, each times an odd number of its own: a changed word changes the sum."""
         return self._pool.digests(block_ids)
+
+    def checksum(self, saved: object) -> int:
+        """The CRC-32 of a copy's bytes."""
+        assert isinstance(saved, Tensor)
+        self.settle()
+        raw = saved.contiguous().flatten().view(torch.uint8).numpy()
+        return zlib.crc32(raw)  # type: ignore[arg-type] # torch's stub hides that an array is a buffer
 
     def write(self, saved: object, path: Path) -> None:
         """Write a copy to a safetensors file."""

@@ -5,7 +5,8 @@
       └──────────────── take: the very same bits ─────────────────────┘      computed again ◄───────┘
 
 Nothing here can fail a request: what cannot be kept, for want of room or because a disk is full or broken, is lost, and
-whoever needs it computes it again from its tokens. The tensors are moved by a `KVMover`; this room only decides.
+whoever needs it computes it again from its tokens. So is a file that does not hold what was written, and with sums a
+copy in memory that has changed. The tensors are moved by a `KVMover`; this room only decides.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class KVMover(Protocol):
     def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
         """A number for each block that tells its K/V from any other with one bit changed."""
 
+    def checksum(self, saved: object) -> int:
+        """A number that tells a copy from any other with one bit changed; waits until the copy is there."""
+
     def write(self, saved: object, path: Path) -> None:
         """Writes a copy to a file. Raises `OSError` where that is impossible."""
 
@@ -64,6 +68,8 @@ class Stored:
     """The copy in host memory, if it is there."""
     path: Path | None = None
     """The file, if it is there."""
+    checksum: int | None = None
+    """Of the copy; a file has one always."""
 
     @property
     def is_lost(self) -> bool:
@@ -72,10 +78,20 @@ class Stored:
 
 
 class SwapSpace:
-    """Room for stored K/V: `host_bytes` of memory, then `disk_bytes` of files in a folder made below `folder`."""
+    """Room for stored K/V: `host_bytes` of memory, then `disk_bytes` of files in a folder made below `folder`.
+
+    With `has_sums` copies in memory are summed, and compared when they are needed, as files always are.
+    """
 
     def __init__(
-        self, mover: KVMover, *, bytes_per_token: int, host_bytes: int, disk_bytes: int = 0, folder: Path | None = None
+        self,
+        mover: KVMover,
+        *,
+        bytes_per_token: int,
+        host_bytes: int,
+        disk_bytes: int = 0,
+        folder: Path | None = None,
+        has_sums: bool = False,
     ) -> None:
         self.mover = mover
         self.host_used = 0
@@ -87,6 +103,7 @@ class SwapSpace:
         self._host_bytes = host_bytes
         self._disk_bytes = disk_bytes
         self._parent = folder
+        self._has_sums = has_sums
         self._folder: Path | None = None
         self._in_host: OrderedDict[int, Stored] = OrderedDict()  # by number, oldest first
         self._numbers = itertools.count()
@@ -115,23 +132,21 @@ class SwapSpace:
 
     def peek(self, stored: Stored) -> object | None:
         """The copy, which stays where it is; None if it is lost."""
-        if stored.saved is None and stored.path is not None:
-            try:
-                return self.mover.read(stored.path)
-            except (OSError, ValueError):
-                return None
-        return stored.saved
+        saved = stored.saved
+        try:
+            if stored.path is not None:
+                saved = self.mover.read(stored.path)
+        except (OSError, ValueError):
+            return None
+        is_sound = saved is None or stored.checksum is None or self.mover.checksum(saved) == stored.checksum
+        return saved if is_sound else None
 
     def take(self, stored: Stored, slots: Sequence[int]) -> bool:
         """Puts it back into the pool and forgets it; False if it was lost."""
-        saved = stored.saved
-        if saved is None and stored.path is not None:
-            try:
-                saved = self.mover.read(stored.path)
-            except (OSError, ValueError):
-                self.num_tokens_lost += stored.num_tokens
+        was_lost, saved = stored.is_lost, self.peek(stored)
         self.drop(stored)
         if saved is None:
+            self.num_tokens_lost += 0 if was_lost else stored.num_tokens
             return False
         self.mover.load(saved, slots)
         self.num_tokens_in += len(slots)
@@ -152,6 +167,8 @@ class SwapSpace:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep(self, stored: Stored) -> None:
+        if self._has_sums:
+            stored.checksum = self.mover.checksum(stored.saved)
         self._in_host[stored.number] = stored
         self.host_used += stored.num_bytes
         while self.host_used > self._host_bytes:
@@ -165,6 +182,8 @@ class SwapSpace:
             path: Path | None = None
             try:
                 path = self._file(stored.number)
+                if stored.checksum is None:
+                    stored.checksum = self.mover.checksum(saved)
                 self.mover.write(saved, path)
                 stored.path = path
                 self.disk_used += stored.num_bytes

@@ -14,6 +14,7 @@ from dendrite.engine.errors import EngineDead, IntegrityError
 from dendrite.engine.guarded_pool import GuardedPool, TaggedBlock
 from dendrite.engine.ids import BlockId
 from dendrite.engine.kv_mover import PoolMover
+from dendrite.engine.pressure import Pressure
 from dendrite.testing import scripted_engine
 from tests.engine.test_pressure import reply, search
 
@@ -185,6 +186,24 @@ def test_a_flipped_bit_in_a_shared_prefix_is_found_by_check_integrity(tiny_folde
             engine.check_integrity()
         assert engine.stats().physical_tokens == 0
         assert engine.score_tokens(kids[1], [[40, 41, 42]]) == wanted
+        engine.check_integrity()
+
+
+def test_a_copy_outside_the_pool_that_has_changed_is_computed_again(tiny_folder: Callable[[str], Path]) -> None:
+    """A bit of a branch that was moved to host memory: what it goes on with is what it would have been."""
+    with loaded(tiny_folder("llama"), "checksum") as engine:
+        root = engine.root(token_ids=[5, 6, 7, 8] * 4)
+        wanted = root.fork().generate(max_tokens=12, ignore_eos=True).token_ids
+        num, core = engine.stats().blocks_total, engine.core
+        with core.loop.lock:
+            assert Pressure(core.loop.tree, core.swap).make_room(num, [])
+        stored = root.record.tip.node.stored
+        assert stored is not None
+        assert isinstance(stored.saved, torch.Tensor)
+        stored.saved.view(torch.int32)[1, 1, 0, 2, 3] ^= 1 << 20
+        assert root.fork().generate(max_tokens=12, ignore_eos=True).token_ids == wanted
+        assert engine.stats().tokens_swap_lost == 16
+        assert engine.stats().tokens_swapped_in == 0
         engine.check_integrity()
 
 

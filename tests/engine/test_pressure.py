@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import OutOfBlocks
@@ -108,6 +109,29 @@ def test_a_full_disk_costs_time_and_nothing_else(
 
     monkeypatch.setattr(ScriptedMover, "write", full)
     monkeypatch.setattr(ScriptedMover, "read", torn)
+    with scripted_engine(reply, num_blocks=peak // 4, swap_memory=0, swap_disk=1 << 20) as engine:
+        assert search(engine) == wanted
+        engine.check_integrity()
+        assert engine.stats().tokens_swap_lost > 0
+        assert engine.stats().tokens_swapped_in > 0
+
+
+def test_a_file_that_has_changed_is_not_believed(
+    roomy: tuple[list[list[int]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that can be read and holds one other number is computed again; the search finds the same."""
+    wanted, peak = roomy
+    calls = iter(range(100_000))
+    read = ScriptedMover.read
+
+    def altered(self: ScriptedMover, path: Path) -> object:
+        saved = read(self, path)
+        assert isinstance(saved, Tensor)
+        if next(calls) % 2:
+            saved[0, 0, 0, -1, 0] ^= 1
+        return saved
+
+    monkeypatch.setattr(ScriptedMover, "read", altered)
     with scripted_engine(reply, num_blocks=peak // 4, swap_memory=0, swap_disk=1 << 20) as engine:
         assert search(engine) == wanted
         engine.check_integrity()
