@@ -31,9 +31,14 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
     torchscript: Any = getattr(torch, "jit", None)
     if not hasattr(torchscript, "script"):
         return function
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        run = torchscript.script(function)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            run = torchscript.script(function)
+    except (OSError, RuntimeError) as error:  # the source is not there, or PyTorch reads it otherwise by now
+        name = getattr(function, "__name__", "a function")
+        warnings.warn(f"{name} runs operator by operator, slower beside busy threads: {error}", stacklevel=3)
+        return function
 
     def call(*arguments: object) -> object:
         # Optimising costs the first calls half a second, and operators of this size gain nothing by it.

@@ -76,6 +76,20 @@ def test_layers_are_the_same_bits_without_torchscript(family: str, request: pyte
         assert torch.equal(ours, theirs)
 
 
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that says so."""
+
+    def unread(_: object) -> object:
+        raise OSError("could not get source code")
+
+    def double(x: Tensor) -> Tensor:
+        return x + x
+
+    monkeypatch.setattr(torch.jit, "script", unread)
+    with pytest.warns(UserWarning, match="double runs operator by operator"):
+        assert compiled(double) is double
+
+
 def test_the_number_of_layers_does_not_count() -> None:
     """A step of eight layers asks PyTorch from Python for as much as one of two; all layers are one call."""
     counts = []
