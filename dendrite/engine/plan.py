@@ -57,7 +57,7 @@ class _Visit:
 
     def __init__(self, node: KVNode) -> None:
         self.node = node
-        self.entries: list[tuple[float, int, _Visit | None, Run | None]] = []
+        self.entries: list[tuple[float, int, _Visit | Run]] = []  # (place, the run's number, what is there)
         self.above: _Open | None = None  # the parent's segment that exactly this node's rows read
         self.num_rows = 0
         self.row_start = 0
@@ -71,8 +71,9 @@ def plan_runs(tree: KVTree, runs: Sequence[Run]) -> tuple[list[Run], Plan]:
     """
     roots, order = _collect_visits(runs)
     for visit in reversed(order):
-        visit.entries.sort(key=lambda entry: entry[:2])
-        visit.num_rows = sum(_rows_of(entry) for entry in visit.entries)
+        visit.entries.sort()  # no two of them are of the same run
+        for _, _, entry in visit.entries:
+            visit.num_rows += entry.num_rows
     row = 0
     for root in roots:
         root.row_start = row
@@ -81,19 +82,11 @@ def plan_runs(tree: KVTree, runs: Sequence[Run]) -> tuple[list[Run], Plan]:
     ordered: list[tuple[int, Run]] = []
     for visit in order:
         _cut_node(tree, visit, segments, ordered)
-    ordered.sort(key=lambda pair: pair[0])
+    ordered.sort()  # no two of them begin with the same row
     done = tuple(
         Segment(tuple(seg.spans), seg.num_keys, seg.row_start, seg.row_end, seg.causal_rows) for seg in segments
     )
     return [run for _, run in ordered], Plan(row, done)
-
-
-def _rows_of(entry: tuple[float, int, _Visit | None, Run | None]) -> int:
-    _, _, visit, run = entry
-    if visit is not None:
-        return visit.num_rows
-    assert run is not None
-    return run.num_rows
 
 
 def _collect_visits(runs: Sequence[Run]) -> tuple[list[_Visit], list[_Visit]]:
@@ -101,32 +94,26 @@ def _collect_visits(runs: Sequence[Run]) -> tuple[list[_Visit], list[_Visit]]:
     visits: dict[NodeId, _Visit] = {}
     roots: list[_Visit] = []
     for index, run in enumerate(runs):
-        node: KVNode = run.node
-        child: _Visit | None = None
-        while True:
+        # half a step behind the children attached at its start, before those at its end
+        place = run.start + 0.5 if run.is_kept else float(run.end)
+        below: _Visit | Run = run
+        node: KVNode | None = run.node
+        while node is not None:
             visit = visits.get(node.node_id)
-            is_new = visit is None
-            if visit is None:
-                visit = visits[node.node_id] = _Visit(node)
-            if child is None:
-                # half a step behind the children attached at its start, before those at its end
-                place = run.start + 0.5 if run.is_kept else float(run.end)
-                visit.entries.append((place, index, None, run))
-            else:
-                visit.entries.append((float(child.node.offset), index, child, None))
-            if not is_new:
+            if visit is not None:
+                visit.entries.append((place, index, below))
                 break
-            child, parent = visit, node.parent
-            if parent is None:
+            visit = visits[node.node_id] = _Visit(node)
+            visit.entries.append((place, index, below))
+            place, below, node = float(node.offset), visit, node.parent
+            if node is None:
                 roots.append(visit)
-                break
-            node = parent
     order: list[_Visit] = []
     stack = list(reversed(roots))
     while stack:
         visit = stack.pop()
         order.append(visit)
-        stack.extend(below for _, _, below, _ in visit.entries if below is not None)
+        stack.extend(below for _, _, below in visit.entries if isinstance(below, _Visit))
     return roots, order
 
 
@@ -135,39 +122,36 @@ def _cut_node(tree: KVTree, visit: _Visit, segments: list[_Open], ordered: list[
     row, row_end = visit.row_start, visit.row_start + visit.num_rows
     done = 0
     current = visit.above
-    for place, _, below, run in visit.entries:
-        is_single = run is not None and run.is_kept and run.num_rows == 1
+    for place, _, below in visit.entries:
+        is_single = not isinstance(below, _Visit) and below.is_kept and below.num_rows == 1
         upto = int(place) + is_single  # one new token sees every key up to its own: no causal part
         if upto > done:
             spans = tree.spans(visit.node, done, upto)
-            current = _extend(segments, current, spans, upto - done, (row, row_end))
+            current = _append(segments, current, _Open(spans, upto - done, row, row_end))
             done = upto
-        if below is not None:
+        row_past = row + below.num_rows
+        if isinstance(below, _Visit):
             below.row_start = row
-            row_past = row + below.num_rows
-            if current is not None and (current.row_start, current.row_end) == (row, row_past):
+            if current is not None and current.row_start == row and current.row_end == row_past:
                 below.above = current
-            row = row_past
-        elif run is not None:
-            ordered.append((row, run))
-            if run.is_kept and not is_single:
-                spans = tree.spans(visit.node, run.start, run.end)
-                segments.append(_Open(spans, run.num_rows, row, row_end, run.num_rows))
-                done, current = run.end, None
-            row += run.num_rows
+        else:
+            ordered.append((row, below))
+            if below.is_kept and not is_single:
+                spans = tree.spans(visit.node, below.start, below.end)
+                segments.append(_Open(spans, below.num_rows, row, row_end, below.num_rows))
+                done, current = below.end, None
+        row = row_past
 
 
-def _extend(
-    segments: list[_Open], current: _Open | None, spans: list[tuple[int, int]], num_keys: int, rows: tuple[int, int]
-) -> _Open:
-    """Lengthens the current segment when the same rows read on; else opens one."""
-    if current is None or (current.row_start, current.row_end) != rows:
-        current = _Open([], 0, *rows)
-        segments.append(current)
-    for span in spans:
-        if current.spans and current.spans[-1][1] == span[0]:
+def _append(segments: list[_Open], current: _Open | None, new: _Open) -> _Open:
+    """Lengthens the current segment when the same rows read on; else the new one is a segment of its own."""
+    if current is None or current.row_start != new.row_start or current.row_end != new.row_end:
+        segments.append(new)
+        return new
+    for span in new.spans:
+        if current.spans[-1][1] == span[0]:
             current.spans[-1] = (current.spans[-1][0], span[1])
         else:
             current.spans.append(span)
-    current.num_keys += num_keys
+    current.num_keys += new.num_keys
     return current

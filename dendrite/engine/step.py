@@ -112,15 +112,20 @@ class StepBuilder:
         slots: list[int] = []
         output_rows: list[int] = []
         first_output: dict[int, int] = {}
+        steps: list[tuple[Run, int, int | None]] = []
         for run in ordered:
-            row = len(token_ids)
-            first_output[id(run)] = len(output_rows)
-            output_rows.extend(self._outputs_of(run, row))
-            token_ids.extend(run.node.token_ids[run.start : run.end])
-            positions.extend(range(run.node.start + run.start, run.node.start + run.end))
-            slots.extend(self._tree.slots(run.node, run.start, run.end) if run.is_kept else [TRASH_BLOCK])
+            node, num_rows = run.node, run.num_rows
+            first = first_output[id(run)] = len(output_rows)
+            if run.is_kept and node.node_id in self._all_rows:
+                output_rows.extend(range(len(token_ids), len(token_ids) + num_rows))
+            elif id(run) in self._last_row:
+                output_rows.append(len(token_ids) + num_rows - 1)
+            last = len(output_rows) - 1
+            steps.append((run, node.epoch, last if last >= first else None))
+            token_ids.extend(node.token_ids[run.start : run.end])
+            positions.extend(range(node.start + run.start, node.start + run.end))
+            slots.extend(self._tree.slots(node, run.start, run.end) if run.is_kept else [TRASH_BLOCK])
         batch = Batch(token_ids, positions, slots, plan, self._copies, output_rows)
-        steps = [(run, run.node.epoch, self._last_output(run, first_output)) for run in ordered]
         return Step(batch, steps, list(self._reads(first_output)), self._failed)
 
     def _add_last(self, request: Request, budget: int) -> bool:
@@ -199,16 +204,6 @@ class StepBuilder:
         self._runs[node.node_id] = run
         self._num_rows += run.num_rows
         return run
-
-    def _outputs_of(self, run: Run, row: int) -> Sequence[int]:
-        if run.is_kept and run.node.node_id in self._all_rows:
-            return range(row, row + run.num_rows)
-        return [row + run.num_rows - 1] if id(run) in self._last_row else []
-
-    def _last_output(self, run: Run, first_output: dict[int, int]) -> int | None:
-        if run.is_kept and run.node.node_id in self._all_rows:
-            return first_output[id(run)] + run.num_rows - 1
-        return first_output[id(run)] if id(run) in self._last_row else None
 
     def _reads(self, first_output: dict[int, int]) -> Iterator[Read]:
         for request, source, row, candidate, index in self._waiting:

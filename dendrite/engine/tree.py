@@ -188,6 +188,9 @@ class KVTree:
         if node.spans is None:
             node.spans = self._joined_blocks(node)
         low, high = node.start + first, node.start + last
+        if len(node.spans) == 1:
+            begin, _, slot = node.spans[0]
+            return [(slot + low - begin, slot + high - begin)]
         return [
             (slot + max(low, begin) - begin, slot + min(high, end) - begin)
             for begin, end, slot in node.spans
@@ -223,18 +226,9 @@ class KVTree:
             raise OutOfBlocks(num_new, self.pool.num_available, 0)
         if in_place and tail is not None and node.blocks:
             self._store.make_sole(node, tail)
-        self._store.make_room(num_new)
-        num_before = len(node.blocks)
-        behind = node.blocks[-1] if node.blocks else (tail if in_place else None)
-        taken = self.pool.allocate(num_new, after=behind)
-        copies = self._settle_tail(node, tail, taken, in_place=in_place)
-        node.blocks.extend(taken)
-        for block in node.blocks[-num_new - 1 :]:
-            self.pool.set_fill(block, size)
+        copies = self._add_blocks(node, num_new, tail, in_place=in_place) if num_new or not node.blocks else []
         self.pool.set_fill(node.blocks[-1], (end - 1) % size + 1)
         node.num_placed = last
-        if len(node.blocks) > num_before or copies:
-            node.spans = None
         return copies
 
     def needs_copy(self, node: KVNode) -> bool:
@@ -246,6 +240,8 @@ class KVTree:
     def check_integrity(self) -> None:
         """Asserts that every count can be derived again from tips and nodes, and free + cached + used = total."""
         self._store.check_integrity(self.tips)
+        for node in self.nodes.values():
+            assert not self.has_stale_spans(node), f"node {node.node_id} is read from blocks that are not its own"
 
     # --- holds -------------------------------------------------------------------------------------------------
 
@@ -312,6 +308,24 @@ class KVTree:
         writer_needs_it = parent.writer is not None and parent.writer.status == "running"  # its blocks were counted
         return self.pool.fill(tail) == fill and not writer_needs_it
 
+    def _add_blocks(
+        self, node: KVNode, num_new: int, tail: BlockId | None, *, in_place: bool
+    ) -> list[tuple[BlockId, BlockId]]:
+        """Gives the node so many more blocks, and its part of the tail; the copy this needs."""
+        self._store.make_room(num_new)
+        num_before = len(node.blocks)
+        behind = node.blocks[-1] if node.blocks else (tail if in_place else None)
+        taken = self.pool.allocate(num_new, after=behind)
+        copies = self._settle_tail(node, tail, taken, in_place=in_place)
+        node.blocks.extend(taken)
+        for block in node.blocks[-num_new - 1 :]:
+            self.pool.set_fill(block, self.pool.block_size)
+        if copies:
+            node.spans = None
+        elif node.spans is not None:
+            self._join(node.spans, node.start // self.pool.block_size + num_before, node.blocks[num_before:])
+        return copies
+
     def _settle_tail(
         self, node: KVNode, tail: BlockId | None, taken: list[BlockId], *, in_place: bool
     ) -> list[tuple[BlockId, BlockId]]:
@@ -329,13 +343,17 @@ class KVTree:
 
     def _joined_blocks(self, node: KVNode) -> list[tuple[int, int, int]]:
         """Runs of adjacent blocks: (first position, position past the last, slot of the first)."""
-        size = self.pool.block_size
         runs: list[tuple[int, int, int]] = []
-        begin = node.start // size * size
-        for block in node.blocks:
+        self._join(runs, node.start // self.pool.block_size, node.blocks)
+        return runs
+
+    def _join(self, runs: list[tuple[int, int, int]], index: int, blocks: Sequence[BlockId]) -> None:
+        """Adds blocks to such runs: the first of them covers positions from `index` block sizes on."""
+        size = self.pool.block_size
+        begin = index * size
+        for block in blocks:
             if runs and runs[-1][2] + runs[-1][1] - runs[-1][0] == block * size:
                 runs[-1] = (runs[-1][0], runs[-1][1] + size, runs[-1][2])
             else:
                 runs.append((begin, begin + size, block * size))
             begin += size
-        return runs

@@ -69,8 +69,26 @@ MUTATIONS = (
     Mutation(
         "stale slots after a block was copied",
         "tree",
-        "        if len(node.blocks) > num_before or copies:\n            node.spans = None\n",
-        "",
+        "        if copies:\n            node.spans = None\n        elif node.spans",
+        "        if node.spans",
+    ),
+    Mutation(
+        "stale slots after a node grew",
+        "tree",
+        "            self._join(node.spans, node.start",
+        "            self._join([], node.start",
+    ),
+    Mutation(
+        "stale slots after a node was cut",
+        "node_store",
+        "            del node.blocks[keep:]\n            node.spans = None\n",
+        "            del node.blocks[keep:]\n",
+    ),
+    Mutation(
+        "stale slots after K/V came back to other blocks",
+        "node_store",
+        "node.blocks, node.spans, node.stored = [], None, stored",
+        "node.blocks, node.stored = [], stored",
     ),
     Mutation(
         "a cached tail is written over",
