@@ -3,7 +3,7 @@
 A decoding step on the CPU is hundreds of small operators, each of which costs microseconds before it computes anything
 and gives the interpreter's lock away once. So the layers become one module that runs them all as one compiled call,
 where the attention is the CPU's own; with another, or where rows must not depend on each other's number, it runs the
-same functions one by one.
+same functions layer by layer.
 
 `families` says which models these are.
 """
@@ -49,7 +49,7 @@ class LeanLayers(nn.Module):
         super().__init__()
         self._layers = list(layers)
         self._steady = steady
-        self._run_layers = compiled(run_layers)
+        self._run_layers, self._project, self._finish = compiled(run_layers), compiled(project), compiled(finish)
 
     def first(self) -> LeanLayers:
         """The first of them alone."""
@@ -69,18 +69,18 @@ class LeanLayers(nn.Module):
             rows = StepRows(*position_embeddings, dendrite_step.slots, backend.tiles)
             hidden = self._run_layers(self._layers, hidden, rows, dendrite_step.all_kept(len(self._layers)))
         else:
-            hidden = self._one_by_one(hidden, position_embeddings, dendrite_step)
+            hidden = self._layer_by_layer(hidden, position_embeddings, dendrite_step)
         return hidden.unsqueeze(0)
 
-    def _one_by_one(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
+    def _layer_by_layer(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         pieces: list[int] = []
         if self._steady:
             width = sum(self._layers[0].down.widths)
             pieces = row_pieces(len(hidden), width, num_threads=torch.get_num_threads())
         for index, layer in enumerate(self._layers):
-            qkv = project(layer, hidden, *rotation)
+            qkv = self._project(layer, hidden, *rotation)
             attended = step.attend(index, queries_of(layer, qkv), kv_of(layer, qkv), layer.scale)
-            hidden = finish(layer, attended, hidden, pieces)
+            hidden = self._finish(layer, attended, hidden, pieces)
         return hidden
 
 
