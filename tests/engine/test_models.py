@@ -411,15 +411,15 @@ def test_loads_that_overlap_leave_the_number_of_threads_as_it_was() -> None:
     def first() -> int:
         with _THREADS.one():
             first_is_in.set()
-            assert second_is_in.wait(10)
+            assert second_is_in.wait(60)
         first_is_out.set()
         return torch.get_num_threads()
 
     def second() -> int:
-        assert first_is_in.wait(10)
+        assert first_is_in.wait(60)
         with _THREADS.one():
             second_is_in.set()
-            assert first_is_out.wait(10)
+            assert first_is_out.wait(60)
         return torch.get_num_threads()
 
     second_is_in = threading.Event()

@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -80,31 +82,54 @@ def test_without_a_seed_calls_differ_and_with_one_they_do_not(chat: ChatDendrite
     assert two.generations[0][0].text == chat.invoke("Which fruit?", seed=3).text
 
 
-def test_a_batch_is_one_batch_of_the_engine(engine: Engine, chat: ChatDendrite) -> None:
-    """Eight inputs take about as many steps as one, in `batch`, `abatch` and `generate`."""
-    chat.invoke("Say 0.")
-    before = engine.stats().steps
-    assert [message.text for message in chat.batch([f"Say {i}." for i in range(8)])] == ["well said"] * 8
-    together = engine.stats().steps - before
-    assert together < 2 * len("well said") + 8
-    before = engine.stats().steps
-    assert len(asyncio.run(chat.abatch([f"Tell {i}." for i in range(8)]))) == 8
-    chat.generate([[HumanMessage(f"Ask {i}.")] for i in range(8)])
-    assert engine.stats().steps - before < 2 * (2 * len("well said") + 8)
+@contextmanager
+def gathering(num_calls: int) -> Iterator[tuple[Engine, ChatDendrite]]:
+    """An engine whose next step lasts until so many calls have come: how fast they do is no part of what they cost."""
+    awaited = 0
+
+    def patient(text: str) -> list[str] | str:
+        nonlocal awaited
+        deadline = time.monotonic() + 60
+        while shared.stats().depth_histogram.get(1, 0) < awaited and time.monotonic() < deadline:
+            time.sleep(0.001)
+        awaited = 0
+        return script(text)
+
+    with scripted_engine(patient) as shared, ChatDendrite(engine=shared, temperature=1.0) as chat:
+        chat.invoke("Say 0.")  # a model's first call finds its engine, on a thread of its own
+        awaited = num_calls
+        yield shared, chat
 
 
-async def test_answers_come_as_they_are_done_from_one_batch(engine: Engine, chat: ChatDendrite) -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda chat, inputs: chat.batch(inputs),
+        lambda chat, inputs: asyncio.run(chat.abatch(inputs)),
+        lambda chat, inputs: chat.generate([[HumanMessage(each)] for each in inputs]).generations,
+    ],
+    ids=["batch", "abatch", "generate"],
+)
+def test_a_batch_is_one_batch_of_the_engine(ask: Callable[[ChatDendrite, list[str]], list[object]]) -> None:
+    """Eight inputs take about as many steps as one: while one decodes, the prompts of the others come in chunks."""
+    with gathering(8) as (engine, chat):
+        before = engine.stats().steps
+        assert len(ask(chat, [f"Say {i}." for i in range(8)])) == 8
+        assert engine.stats().steps - before < 2 * len("well said") + 8
+
+
+async def test_answers_come_as_they_are_done_from_one_batch(chat: ChatDendrite) -> None:
     """In the steps of the longest, and in no thread of its own."""
-    chat.invoke("Say 0.")
     inputs = ["Which one?", "Say this.", "Which fruit?"]
-    before, threads = engine.stats().steps, threading.active_count()
     seen: list[int] = []
-    for index, message in chat.batch_as_completed(inputs):
-        seen.append(index)
-        assert message.text
-        assert threading.active_count() <= threads + 1  # its own event loop, since this test has one running
+    with gathering(3) as (engine, talker):
+        before, threads = engine.stats().steps, threading.active_count()
+        for index, message in talker.batch_as_completed(inputs):
+            seen.append(index)
+            assert message.text
+            assert threading.active_count() <= threads + 1  # its own event loop, since this test has one running
+        assert engine.stats().steps - before < 2 * len("well said") + 8
     assert sorted(seen) == [0, 1, 2]
-    assert engine.stats().steps - before < 2 * len("well said") + 8
     ended = [index async for index, _ in chat.abatch_as_completed(inputs, {"max_concurrency": 1})]
     assert ended == [0, 1, 2]
     assert not list(chat.batch_as_completed([]))
