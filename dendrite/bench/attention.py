@@ -19,9 +19,10 @@ from dendrite.bench.attention_trees import BLOCK_SIZE, Tree, trees
 from dendrite.bench.figures import Figure, Result, figure
 from dendrite.bench.flashinfer_rivals import rivals
 from dendrite.bench.floors import Rates, rates_of
-from dendrite.bench.machine import load_note, others_load, this_machine
+from dendrite.bench.machine import this_machine
 from dendrite.bench.rounds import Progress
 from dendrite.bench.shapes import config_of
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.attention.base import AttentionBackend
 from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.kv_pool import KVPool
@@ -65,14 +66,12 @@ def bench_attention(settings: AttentionSettings, *, progress: Progress) -> Resul
     Raises:
         ModelError: no such shape, or heads that the device's kernels are not made for.
     """
-    began = time.monotonic()
-    loads = [others_load()]
-    machine = this_machine(settings.device_type)
-    figures, notes = _figures(settings, rates_of(machine.gpu), progress)
-    loads.append(others_load())
-    notes += [f"one sample is the mean of {LAUNCHES} launches", *load_note(loads)]
+    sitting = Sitting("attention")
+    rates = rates_of(this_machine(settings.device_type).gpu)
+    figures, notes = _figures(settings, rates, progress)
+    notes.append(f"one sample is the mean of {LAUNCHES} launches")
     name = f"heads of the {settings.shape} shape, bfloat16"
-    return Result("attention", name, machine, tuple(figures), tuple(notes), time.monotonic() - began)
+    return sitting.result(name, figures, notes, device=settings.device_type)
 
 
 def floor_ms(tree: Tree, spec: ModelSpec, rates: Rates | None) -> float | None:

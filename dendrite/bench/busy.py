@@ -33,7 +33,6 @@ def busy_figures(engine: Engine, task: TreeTask, *, num_rounds: int, progress: P
             "busy thread": lambda: step_time(busy_thread()),
         },
         num_rounds=num_rounds,
-        patience=float("inf"),
         progress=progress,
         workload="busy",
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from dendrite.bench.figures import Figure, Result, figure
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.ours import warm_up
 from dendrite.bench.rounds import Progress, Run, take_turns
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.branch import Branch
 from dendrite.engine.constraints import Constraint
 from dendrite.engine.engine import Engine
@@ -44,8 +43,7 @@ def bench_constraints(
     Raises:
         ModelError, RequestError: as `Engine.load` does.
     """
-    began = time.monotonic()
-    loads = [others_load()]
+    sitting = Sitting("constraints")
     with Engine.load(model, dtype=dtype) as engine:
         progress("warming up")
         warm_up(engine)
@@ -54,12 +52,8 @@ def bench_constraints(
             *_forced(engine, num_branches, num_rounds, progress),
         ]
         name = engine.name
-    loads.append(others_load())
-    notes = [
-        f"{dtype}; temperature 0.8; a step is the engine's own busy time over its number of steps",
-        *load_note(loads),
-    ]
-    return Result("constraints", name, this_machine(), tuple(figures), tuple(notes), time.monotonic() - began)
+    note = f"{dtype}; temperature 0.8; a step is the engine's own busy time over its number of steps"
+    return sitting.result(name, figures, [note])
 
 
 def _overhead(
@@ -70,8 +64,8 @@ def _overhead(
     runs: dict[str, Run] = {}
     for name, constraint in ((FREE, None), *KINDS.items()):
         runs[name] = partial(_step, engine, num_branches, num_tokens, constraint)
-    take_turns(runs, num_rounds=1, patience=1e9, progress=progress, workload=f"{workload}, unmeasured")
-    samples = take_turns(runs, num_rounds=num_rounds, patience=1e9, progress=progress, workload=workload)
+    take_turns(runs, num_rounds=1, progress=progress, workload=f"{workload}, unmeasured")
+    samples = take_turns(runs, num_rounds=num_rounds, progress=progress, workload=workload)
     free = samples[FREE]["step"]
     for name in runs:
         yield figure(workload, name, "step", "ms", samples[name]["step"])
@@ -110,7 +104,7 @@ def _forced(engine: Engine, num_branches: int, num_rounds: int, progress: Progre
     workload = f"{num_branches} records of {length} tokens"
     runs: dict[str, Run] = {"fixed keys": lambda: _seconds(engine, num_branches, constrained)}
     runs[FREE] = lambda: _seconds(engine, num_branches, free)
-    samples = take_turns(runs, num_rounds=num_rounds, patience=1e9, progress=progress, workload=workload)
+    samples = take_turns(runs, num_rounds=num_rounds, progress=progress, workload=workload)
     for name, measured in samples.items():
         for what, values in measured.items():
             yield figure(workload, name, what, {"whole": "s", "steps": "steps"}[what], values)

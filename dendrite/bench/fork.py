@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from dendrite.bench.figures import Figure, Result, figure
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.rounds import Progress
+from dendrite.bench.sitting import Sitting
 from dendrite.bench.subject import Subject
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
@@ -51,15 +51,12 @@ def bench_fork(subject: Subject, *, num_batches: int = 20, progress: Progress) -
     Raises:
         ModelError: as `Subject.engine` does.
     """
-    began = time.monotonic()
-    loads = [others_load()]
+    sitting = Sitting("fork")
     with subject.engine() as engine:
         figures = fork_figures(engine, num_batches, progress)
         name = engine.name
-    loads.append(others_load())
-    notes = (f"one sample is the median of {BATCH} calls", *load_note(loads))
-    machine = this_machine(subject.device_type)
-    return Result("fork", name, machine, tuple(figures), notes, time.monotonic() - began)
+    notes = [f"one sample is the median of {BATCH} calls"]
+    return sitting.result(name, figures, notes, device=subject.device_type)
 
 
 def fork_figures(engine: Engine, num_batches: int, progress: Progress) -> list[Figure]:

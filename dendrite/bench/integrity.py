@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
 from dendrite.bench.figures import Result, figure
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.ours import warm_up
 from dendrite.bench.rounds import Progress, Run, take_turns
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.engine import Engine
 
 MODES = ("off", "canary", "checksum")
@@ -25,8 +24,7 @@ def bench_integrity(
     Raises:
         ModelError, RequestError: as `Engine.load` does.
     """
-    began = time.monotonic()
-    loads = [others_load()]
+    sitting = Sitting("integrity")
     workload = f"{num_branches} × {num_tokens} over {prefix}"
     with ExitStack() as stack:
         runs: dict[str, Run] = {}
@@ -35,16 +33,14 @@ def bench_integrity(
             engine = stack.enter_context(Engine.load(model, dtype=dtype, kv_memory=KV_MEMORY, integrity=mode))
             warm_up(engine)
             runs[mode] = partial(_step, engine, num_branches, prefix, num_tokens)
-        take_turns(runs, num_rounds=1, patience=1e9, progress=progress, workload=f"{workload}, unmeasured")
-        samples = take_turns(runs, num_rounds=num_rounds, patience=1e9, progress=progress, workload=workload)
+        take_turns(runs, num_rounds=1, progress=progress, workload=f"{workload}, unmeasured")
+        samples = take_turns(runs, num_rounds=num_rounds, progress=progress, workload=workload)
         name = engine.name
     figures = [figure(workload, mode, "step", "ms", samples[mode]["step"]) for mode in MODES]
     for mode in MODES[1:]:
         ratios = [mine / other for mine, other in zip(samples[mode]["step"], samples["off"]["step"], strict=True)]
         figures.append(figure(workload, mode, "step ÷ step without checks", "", ratios))
-    loads.append(others_load())
-    notes = [f"{dtype}; temperature 0.8; a step is the engine's own busy time", *load_note(loads)]
-    return Result("integrity", name, this_machine(), tuple(figures), tuple(notes), time.monotonic() - began)
+    return sitting.result(name, figures, [f"{dtype}; temperature 0.8; a step is the engine's own busy time"])
 
 
 def _step(engine: Engine, num_branches: int, prefix: int, num_tokens: int) -> Mapping[str, float]:

@@ -83,7 +83,7 @@ def overhead_figures(num_nodes: int, num_rounds: int, progress: Progress) -> Ite
         runs: dict[str, Run] = {
             str(strategy): partial(_run, engine, strategy, num_nodes) for strategy in _strategies(num_nodes)
         }
-        samples = take_turns(runs, num_rounds=num_rounds, patience=1e9, progress=progress, workload=workload)
+        samples = take_turns(runs, num_rounds=num_rounds, progress=progress, workload=workload)
     for name, found in samples.items():
         yield figure(workload, name, OWN, "ms", found[OWN], at_most=MOST_MS)
         yield figure(workload, name, WHOLE, "ms", found[WHOLE])

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from dendrite.bench.figures import Figure, Result, figure
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.ours import warm_up
 from dendrite.bench.plot import PlotError
 from dendrite.bench.rounds import Progress, Run, take_turns
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 
@@ -33,8 +33,7 @@ def bench_pressure(
     Raises:
         ModelError, RequestError: as `Engine.load` does.
     """
-    began = time.monotonic()
-    loads = [others_load()]
+    sitting = Sitting("pressure")
     with Engine.load(model, dtype=dtype) as engine:
         progress("measuring how much memory the search takes")
         warm_up(engine)
@@ -49,19 +48,15 @@ def bench_pressure(
             load = partial(Engine.load, model, dtype=dtype, kv_memory=kv_memory, swap_memory=swap_memory)
             label = f"{form}: {share} %"
             runs[label] = partial(_timed, load, width, num_tokens, found.setdefault(label, []))
-    samples = take_turns(
-        runs, num_rounds=num_rounds, patience=1e9, progress=progress, workload=f"{width} wide, {DEPTH} deep"
-    )
+    samples = take_turns(runs, num_rounds=num_rounds, progress=progress, workload=f"{width} wide, {DEPTH} deep")
     figures = [
         shown
         for label in runs
         for shown in _figures(label, samples[label]["search"], samples[label]["moved"], _share(found[label], wanted))
     ]
-    loads.append(others_load())
     shape = f"{dtype}; a beam {width} wide and {DEPTH} deep, {num_tokens} tokens a step at temperature 0.8"
     memory = f"no branch pruned: {stats.blocks_peak} blocks of {stats.block_bytes:,} bytes at most"
-    notes = [f"{shape}, {memory}", *load_note(loads)]
-    return Result("pressure", name, this_machine(), tuple(figures), tuple(notes), time.monotonic() - began)
+    return sitting.result(name, figures, [f"{shape}, {memory}"])
 
 
 def draw_pressure(result: Result, path: Path) -> None:

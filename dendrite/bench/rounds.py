@@ -5,6 +5,7 @@ A B C   A B C   A B C
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ Run = Callable[[], Mapping[str, float]]
 
 
 def take_turns(
-    rivals: Mapping[str, Run], *, num_rounds: int, patience: float, progress: Progress, workload: str
+    rivals: Mapping[str, Run], *, num_rounds: int, patience: float = math.inf, progress: Progress, workload: str
 ) -> dict[str, Samples]:
     """Run every rival once a round.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from dendrite.bench.figures import Result
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.occupancy import draw_occupancy, occupancy_figures
 from dendrite.bench.ours import warm_up
 from dendrite.bench.overhead import overhead_figures
 from dendrite.bench.rounds import Progress
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.engine import Engine
 
 PARALLEL = (1, 8, 24)
@@ -41,8 +40,7 @@ def bench_search(
     Raises:
         ModelError, RequestError: as `Engine.load` does.
     """
-    began = time.monotonic()
-    loads = [others_load()]
+    sitting = Sitting("search")
     figures = list(overhead_figures(num_nodes, num_rounds, progress))
     with Engine.load(model, dtype=dtype) as engine:
         progress("warming up")
@@ -52,6 +50,4 @@ def bench_search(
         name = engine.name
     if svg is not None:
         draw_occupancy(runs, svg)
-    loads.append(others_load())
-    notes = ["without a model: children that code makes, a score that hashes their text", *load_note(loads)]
-    return Result("search", name, this_machine(), tuple(figures), tuple(notes), time.monotonic() - began)
+    return sitting.result(name, figures, ["without a model: children that code makes, a score that hashes their text"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,12 +10,12 @@ from functools import partial
 
 from dendrite.bench.busy import busy_figures
 from dendrite.bench.figures import Figure, Result, figure
-from dendrite.bench.machine import load_note, others_load, this_machine
 from dendrite.bench.ours import run_tree, warm_up
 from dendrite.bench.peers.process import Peer
 from dendrite.bench.peers.protocol import PeerError, TreeTask, TreeTimes
 from dendrite.bench.peers.rivals import Rival, rivals_for
 from dendrite.bench.rounds import Progress, Run, Samples, ratio_of, take_turns
+from dendrite.bench.sitting import Sitting
 from dendrite.engine.engine import Engine
 
 OURS = "dendrite"
@@ -58,9 +57,8 @@ def bench_tree(model: str, settings: TreeSettings, *, progress: Progress) -> Res
         ModelError, RequestError: as `Engine.load` does.
         PeerError: a peer is unknown, or its process died at its work. One that cannot start is left out with a note.
     """
-    began = time.monotonic()
     rivals = rivals_for(model, settings.peers, dtype=settings.dtype, gguf=settings.gguf, python=settings.peer_python)
-    loads = [others_load()]
+    sitting = Sitting("tree")
     notes = [f"{settings.dtype}; temperature {TEMPERATURE}; wall time through each engine's Python API"]
     with ExitStack() as stack:
         engine = stack.enter_context(Engine.load(model, dtype=settings.dtype))
@@ -78,9 +76,7 @@ def bench_tree(model: str, settings: TreeSettings, *, progress: Progress) -> Res
         warm_up(engine)
         figures = list(_figures(engine, contenders, settings, progress))
         name = engine.name
-    loads.append(others_load())
-    notes += load_note(loads)
-    return Result("tree", name, this_machine(), tuple(figures), tuple(notes), time.monotonic() - began)
+    return sitting.result(name, figures, notes)
 
 
 def _figures(

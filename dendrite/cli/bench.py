@@ -11,6 +11,7 @@ import typer
 
 from dendrite.cli import suite
 from dendrite.cli.console import errors_shown
+from dendrite.cli.progress import progress_line
 from dendrite.cli.suite import Device, Shape, lengths
 
 if TYPE_CHECKING:  # the command line starts without it
@@ -21,6 +22,10 @@ app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=Tr
 Model = Annotated[str, typer.Argument(help="A short name, a hub id or a folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", dir_okay=False)]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")]
+Branches = Annotated[int, typer.Option(min=1, help="Branches that decode together.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens of each branch.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -42,7 +47,6 @@ def fork(
     """Time forks and prunes at many lengths and depths, idle and while the engine steps; count blocks."""
     from dendrite.bench.fork import bench_fork
     from dendrite.bench.subject import Subject
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         subject = Subject(None if shape else model, shape, device=device)
@@ -56,9 +60,9 @@ def tree(
     model: Model = DEFAULT_MODEL,
     *,
     branches: Annotated[int, typer.Option(min=1, help="Branches over the prompt.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 64,
+    tokens: Tokens = 64,
     prefix: Annotated[str, typer.Option(help="Lengths of the prompt, with commas.")] = "512,2048",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     peer: Annotated[
         list[str] | None, typer.Option(help="hf, llama.cpp or none; may be given twice. Without it: hf.")
     ] = None,
@@ -73,7 +77,6 @@ def tree(
 ) -> None:
     """Decode many branches over one prompt, beside Transformers and llama.cpp."""
     from dendrite.bench.tree import TreeSettings, bench_tree
-    from dendrite.cli.progress import progress_line
 
     settings = TreeSettings(
         num_branches=branches,
@@ -107,7 +110,6 @@ def attention(
     """Time the attention of one layer over trees of many shapes; on a GPU beside FlashInfer's."""
     from dendrite.bench.attention import AttentionSettings, bench_attention
     from dendrite.bench.subject import Subject
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         settings = AttentionSettings(
@@ -127,16 +129,15 @@ def attention(
 def constraints(
     model: Model = DEFAULT_MODEL,
     *,
-    branches: Annotated[int, typer.Option(min=1, help="Branches that decode together.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 5,
+    branches: Branches = 32,
+    tokens: Tokens = 32,
+    dtype: Dtype = "bfloat16",
+    rounds: Rounds = 5,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Time constrained steps beside free ones, and what forced tokens save."""
     from dendrite.bench.constraints import bench_constraints
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         with progress_line() as progress:
@@ -152,7 +153,7 @@ def search(
     *,
     nodes: Annotated[int, typer.Option(min=100, help="Nodes of the searches without a model.")] = 1000,
     irregular: Annotated[int, typer.Option(min=8, help="Nodes of the search on the model.")] = 120,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of the searches without a model.")] = 3,
     svg: Annotated[Path | None, typer.Option(help="Draw the rows of each step here.", dir_okay=False)] = None,
     json_file: JsonFile = None,
@@ -160,7 +161,6 @@ def search(
 ) -> None:
     """Time strategies without a model, and look at how full the batches of a lopsided search are."""
     from dendrite.bench.search import bench_search
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         with progress_line() as progress:
@@ -182,15 +182,14 @@ def pressure(
     *,
     width: Annotated[int, typer.Option(min=4, help="Children of each round of the search.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step of the search.")] = 24,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 3,
+    dtype: Dtype = "float32",
+    rounds: Rounds = 3,
     svg: Annotated[Path | None, typer.Option(help="Draw time against memory here.")] = None,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Time a search in all the memory it likes, and in less and less of it."""
     from dendrite.bench.pressure import bench_pressure, draw_pressure
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         with progress_line() as progress:
@@ -206,17 +205,16 @@ def pressure(
 def integrity(
     model: Model = DEFAULT_MODEL,
     *,
-    branches: Annotated[int, typer.Option(min=1, help="Branches that decode together.")] = 32,
+    branches: Branches = 32,
     prefix: Annotated[int, typer.Option(min=1, help="Tokens they share.")] = 512,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each branch.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns.")] = 7,
+    tokens: Tokens = 32,
+    dtype: Dtype = "bfloat16",
+    rounds: Rounds = 7,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
     """Time a step with each integrity mode."""
     from dendrite.bench.integrity import bench_integrity
-    from dendrite.cli.progress import progress_line
 
     with errors_shown():
         with progress_line() as progress:
