@@ -89,7 +89,7 @@ class BlockPool:
                 first = self._start_of_new_run(num - len(taken))
             length = min(self._run_lengths[first], num - len(taken))
             self._take(first, length)
-            taken.extend(BlockId(block) for block in range(first, first + length))
+            taken.extend(map(BlockId, range(first, first + length)))
             first += length
         for block in taken:
             self._ref_counts[block] = 1
@@ -152,7 +152,8 @@ class BlockPool:
 
     def _start_of_new_run(self, num: int) -> int:
         """A place in the longest free run, past a gap for the neighbour to grow where there is room to spare."""
-        length, first = -self._longest_run()[0], self._longest_run()[1]
+        less, first = self._longest_run()
+        length = -less
         gap = min(GROWTH_GAP, (length - num) // 4) if first > 1 else 0
         if gap <= 0:
             return first

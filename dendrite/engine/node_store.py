@@ -203,7 +203,7 @@ class NodeStore:
         while self.pool.num_free < num:
             self._evict(self.cache.oldest())
         enough = self.pool.num_free + num
-        while len(self.cache) and self.pool.longest_free < num and self.pool.num_free < enough:
+        while num > 1 and len(self.cache) and self.pool.longest_free < num and self.pool.num_free < enough:
             self._evict(self.cache.oldest())
 
     def make_sole(self, node: KVNode, tail: BlockId) -> None:

@@ -225,8 +225,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._overlap = max(map(len, stop), default=1) - 1
-        self._prefix = _last_readable(tokenizer, context_ids)
-        self._prefix_text = tokenizer.decode(self._prefix)
+        self._prefix, self._prefix_text = _last_readable(tokenizer, context_ids)
         self._pending: list[int] = []
         self._in_byte_run = False
         self._settled = ""
@@ -373,9 +372,11 @@ def _common_length(first: str, second: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
-def _last_readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
-    """Enough of the last tokens to decode what follows as if all of them stood before it."""
+def _last_readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[list[int], str]:
+    """Enough of the last tokens to decode what follows as if all of them stood before it; and their text."""
     start = max(0, len(token_ids) - 2 * _LONGEST_CHARACTER)
-    while start and (token_ids[start] in tokenizer.byte_token_ids or not tokenizer.decode(token_ids[start:])):
+    text = tokenizer.decode(token_ids[start:])
+    while start and (token_ids[start] in tokenizer.byte_token_ids or not text):
         start = max(0, start - _LONGEST_CHARACTER)
-    return list(token_ids[start:])
+        text = tokenizer.decode(token_ids[start:])
+    return list(token_ids[start:]), text

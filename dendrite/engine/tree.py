@@ -148,7 +148,10 @@ class KVTree:
         while node is not None and node.start + offset > start:
             pieces.append(node.token_ids[max(0, start - node.start) : offset])
             offset, node = node.offset, node.parent
-        return [token for piece in reversed(pieces) for token in piece]
+        path: list[int] = []
+        for piece in reversed(pieces):
+            path += piece
+        return path
 
     def pending(self, tip: Tip) -> list[tuple[KVNode, int]]:
         """The nodes of the path that lack K/V, root first, each with the offset up to which it is needed."""

@@ -68,7 +68,7 @@ class Line:
         return int((self.items[:, 7] >= 0).sum())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def cut_line(tiling: Tiling, bounds: tuple[int, ...], strips: tuple[int, ...], gathers: tuple[int, ...]) -> Line:
     """Cut a line.
 

@@ -176,15 +176,16 @@ class _Staging:
 
     def upload(self, work: WorkList, into: Tensor) -> None:
         """Pack into pinned memory, copy on the current stream."""
+        size = work.size
         self._turn ^= 1
         if self._is_cuda:
             self._copied[self._turn].synchronize()  # of the copy two steps ago
-        if self._buffers[self._turn].numel() < work.size:
-            size = max(CAPACITY, work.size)
-            self._buffers[self._turn] = torch.empty(size, dtype=torch.int32, pin_memory=self._is_cuda)
-        staged = self._buffers[self._turn][: work.size]
+        if self._buffers[self._turn].numel() < size:
+            room = max(CAPACITY, size)
+            self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self._is_cuda)
+        staged = self._buffers[self._turn][:size]
         work.pack(staged.numpy())
-        into[: work.size].copy_(staged, non_blocking=True)
+        into[:size].copy_(staged, non_blocking=True)
         if self._is_cuda:
             self._copied[self._turn].record()
 
