@@ -83,14 +83,13 @@ class BlockPool:
         """Takes `num` blocks, each with one reference and nothing filled; next to `after` if those are free."""
         assert 0 <= num <= self.num_free, f"{num} blocks asked of {self.num_free}"
         taken: list[BlockId] = []
-        first = None if after is None else after + 1
+        first, gap = None if after is None else after + 1, 0
         while len(taken) < num:
             if first is None or first not in self._run_lengths:
-                first = self._start_of_new_run(num - len(taken))
-            length = min(self._run_lengths[first], num - len(taken))
-            self._take(first, length)
-            taken.extend(map(BlockId, range(first, first + length)))
-            first += length
+                first, gap = self._start_of_new_run(num - len(taken))
+            blocks = self._take(first, gap, num - len(taken))
+            taken.extend(map(BlockId, blocks))
+            first, gap = blocks.stop, 0
         for block in taken:
             self._ref_counts[block] = 1
             self._fill[block] = 0
@@ -150,15 +149,10 @@ class BlockPool:
     def _is_owned(self, block: int) -> bool:
         return self._ref_counts[block] + self._num_keepers[block] > 0
 
-    def _start_of_new_run(self, num: int) -> int:
-        """A place in the longest free run, past a gap for the neighbour to grow where there is room to spare."""
+    def _start_of_new_run(self, num: int) -> tuple[int, int]:
+        """The longest free run, and the gap to leave in it for the neighbour to grow where there is room to spare."""
         less, first = self._longest_run()
-        length = -less
-        gap = min(GROWTH_GAP, (length - num) // 4) if first > 1 else 0
-        if gap <= 0:
-            return first
-        self._split(first, gap)
-        return first + gap
+        return first, min(GROWTH_GAP, (-less - num) // 4) if first > 1 else 0
 
     def _longest_run(self) -> tuple[int, int]:
         """(-length, first block) of the longest free run; there is one."""
@@ -166,15 +160,16 @@ class BlockPool:
             heapq.heappop(self._longest)
         return self._longest[0]
 
-    def _split(self, first: int, head: int) -> None:
-        length = self._drop_run(first)
-        self._add_run(first, head)
-        self._add_run(first + head, length - head)
-
-    def _take(self, first: int, num: int) -> None:
-        length = self._drop_run(first)
-        if length > num:
-            self._add_run(first + num, length - num)
+    def _take(self, first: int, gap: int, num: int) -> range:
+        """Up to `num` blocks of the free run that begins at `first`, from behind its first `gap` blocks on."""
+        past = first + self._drop_run(first)
+        if gap > 0:
+            self._add_run(first, gap)
+            first += gap
+        end = min(first + num, past)
+        if end < past:
+            self._add_run(end, past - end)
+        return range(first, end)
 
     def _give_back(self, block: int) -> None:
         self.num_free += 1

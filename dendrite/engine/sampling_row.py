@@ -57,7 +57,7 @@ class SampleRow:
     bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None
     """Token ids and what is added to their logits."""
     ends: NDArray[np.int64]
-    """Token ids that end the text, forbidden until `min_tokens` are made."""
+    """Token ids that end the text, forbidden until `min_tokens` are made; none if that is 0."""
     num_ahead: int = 0
     """Tokens before `position` + this that are drawn but not known yet: 1 while the engine looks ahead."""
     guide: Guide | None = None
@@ -80,7 +80,7 @@ class SampleRow:
         """
         penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
         repeats = params.repetition_penalty != 1
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else ()
         bias = dict(params.logit_bias)
         if guide is not None and params.ignore_eos:
             bias |= dict.fromkeys(eos_token_ids, -math.inf)  # a grammar would take them for its end
