@@ -90,14 +90,17 @@ def family_config(model_type: str, values: Mapping[str, object]) -> PreTrainedCo
     return config
 
 
-def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """Return a float32 model with random weights, the same for equal seeds."""
+def tiny_model(
+    config: PreTrainedConfig, *, seed: int = 0, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Return a model with random weights, the same for equal seeds: those of float32, in `dtype`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     model.eval()
-    return model
+    placed: PreTrainedModel = model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # its `self` is mistyped
+    return placed
 
 
 @cache

@@ -38,7 +38,7 @@ def broken(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedMod
 def changed(golden: Golden, **fields: object) -> Golden:
     """Return the golden file with other fields in its first prompt."""
     first, *others = golden.prompts
-    return replace(golden, prompts=[replace(first, **fields), *others])  # type: ignore[arg-type]
+    return replace(golden, prompts=[replace(first, **fields), *others])  # type: ignore[arg-type]  # each field has its own
 
 
 @pytest.mark.timeout(900)

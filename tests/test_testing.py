@@ -133,7 +133,7 @@ def a_batch(**changes: object) -> Batch:
         "copies": [],
         "output_rows": [1],
     }
-    return Batch(**(fields | changes))  # type: ignore[arg-type]
+    return Batch(**(fields | changes))  # type: ignore[arg-type]  # each field has its own
 
 
 def a_runner() -> ScriptedRunner:

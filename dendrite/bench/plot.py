@@ -33,7 +33,7 @@ def draw(result: Result, folder: Path, name: str) -> list[Path]:
         raise PlotError("there are no figures yet")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional, and slow to import
-        from matplotlib.figure import Figure as Picture  # noqa: PLC0415
+        from matplotlib.figure import Figure as Picture  # noqa: PLC0415 - as above
     except ImportError as error:
         raise PlotError("matplotlib is not installed: pip install 'dendrite-engine[bench]'") from error
     columns = min(2, len(panels))

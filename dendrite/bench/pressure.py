@@ -67,7 +67,7 @@ def draw_pressure(result: Result, path: Path) -> None:
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional, and slow to import
-        from matplotlib.figure import Figure as Picture  # noqa: PLC0415
+        from matplotlib.figure import Figure as Picture  # noqa: PLC0415 - as above
     except ImportError as error:
         raise PlotError("matplotlib is not installed: pip install 'dendrite-engine[bench]'") from error
     picture = Picture(figsize=(6.4, 3.6), layout="constrained")

@@ -131,7 +131,7 @@ class WordlessTokenizer:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
 
-    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:  # noqa: ARG002
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Refuse: there are no words.
 
         Raises:
@@ -139,11 +139,11 @@ class WordlessTokenizer:
         """
         raise RequestError("a shape with random weights has no vocabulary: give token ids")
 
-    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:  # noqa: ARG002
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """A full stop a token."""
         return "." * len(token_ids)
 
-    def for_grammars(self, vocab_size: int) -> LLTokenizer:  # noqa: ARG002
+    def for_grammars(self, vocab_size: int) -> LLTokenizer:
         """Refuse: there are no words.
 
         Raises:
@@ -151,7 +151,7 @@ class WordlessTokenizer:
         """
         raise RequestError("a shape with random weights has no vocabulary: nothing can be constrained")
 
-    def render(self, messages: Sequence[Message], **_: object) -> list[int]:  # noqa: ARG002
+    def render(self, messages: Sequence[Message], **_: object) -> list[int]:
         """Refuse: there are no words.
 
         Raises:

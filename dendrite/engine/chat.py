@@ -27,7 +27,7 @@ def conversation_ids(messages: Sequence[Message], write: Write, encode: Encode) 
     Templates may rewrite a turn: strip it, or leave out what the model thought. A stripped one keeps its tokens; one
     that is rewritten otherwise is encoded as the template has it.
     """
-    turns = [{key: message[key] for key in _FOR_TEMPLATES if key in message} for message in messages]  # type: ignore[literal-required]
+    turns = [{key: message[key] for key in _FOR_TEMPLATES if key in message} for message in messages]  # type: ignore[literal-required]  # they are keys of a Message
     whole = write(turns)
     kept = [index for index, message in enumerate(messages) if message.get("token_ids")]
     if not kept:

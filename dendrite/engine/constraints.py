@@ -96,7 +96,7 @@ def _schema_source(schema: object) -> str:
 def _described(schema: object) -> dict[str, object]:
     """The JSON schema of a type, as pydantic writes it."""
     from pydantic import TypeAdapter  # noqa: PLC0415 - `import dendrite` must not load it
-    from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError  # noqa: PLC0415
+    from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError  # noqa: PLC0415 - as above
 
     if isinstance(schema, str | bytes | int | float | list | tuple):
         raise ConstraintError(f"schema={schema!r} cannot be used: give a type, or a JSON schema as a dict")

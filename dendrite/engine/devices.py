@@ -35,8 +35,8 @@ def runner_and_head(model: PreTrainedModel, spec: ModelSpec, config: EngineConfi
     if model.device.type == "cuda":
         reason = _why_no_kernels(spec)
         if reason is None:
-            from dendrite.engine.cuda_runner import CudaRunner  # noqa: PLC0415
-            from dendrite.engine.device_head import DeviceHead  # noqa: PLC0415
+            from dendrite.engine.cuda_runner import CudaRunner  # noqa: PLC0415 - needs Triton
+            from dendrite.engine.device_head import DeviceHead  # noqa: PLC0415 - needs Triton
 
             device_runner = CudaRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size)
             return device_runner, DeviceHead(device_runner)
@@ -70,6 +70,6 @@ def _why_no_kernels(spec: ModelSpec) -> str | None:
     """Why the tree kernel cannot run this model here; None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    from dendrite.engine.attention.triton_tree import why_unsupported  # noqa: PLC0415
+    from dendrite.engine.attention.triton_tree import why_unsupported  # noqa: PLC0415 - needs Triton
 
     return why_unsupported(spec)

@@ -81,7 +81,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", store: M
     chosen = _dtype_for(config, target) if dtype == "auto" else dtype
     tokenizer = _tokenizer(location)
     with _one_thread_if_small(location.path):
-        model = _model(location, config, chosen).to(device=target)  # type: ignore[call-arg]
+        model = _model(location, config, chosen).to(device=target)  # type: ignore[call-arg]  # its `self` is mistyped
         spec = checked_spec(location.name, model, chosen)
     return LoadedModel(spec, model, tokenizer, _eos_token_ids(model, tokenizer), location.path, location.source)
 

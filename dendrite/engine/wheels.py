@@ -75,7 +75,9 @@ def _download(wheel: WheelFile, folder: Path, report: Report) -> Path:
     # pip downloads into its temporary folder, which is where the bar looks for progress.
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
     with report.track(f"downloading {wheel.requirement}", wheel.wheel_bytes) as done, log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 - our own command, and the name of a wheel that we pinned
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment
+        )
         try:
             while process.poll() is None:
                 done(_bytes_under(temporary))

@@ -54,9 +54,9 @@ def scripted_engine(
         prefix_cache: as for `Engine.load`.
     """
     from dendrite.engine.config import EngineConfig  # noqa: PLC0415 - with the engine comes torch
-    from dendrite.engine.engine import Engine  # noqa: PLC0415
-    from dendrite.testing.runner import ScriptedRunner  # noqa: PLC0415
-    from dendrite.testing.tokenizer import ByteTokenizer  # noqa: PLC0415
+    from dendrite.engine.engine import Engine  # noqa: PLC0415 - as above
+    from dendrite.testing.runner import ScriptedRunner  # noqa: PLC0415 - as above
+    from dendrite.testing.tokenizer import ByteTokenizer  # noqa: PLC0415 - as above
 
     runner = ScriptedRunner(script, num_blocks=num_blocks, block_size=block_size, context_length=context_length)
     return Engine(

@@ -76,8 +76,8 @@ def test_labels_continue_what_stands_before_them(choice: dd.Choice, transcript: 
         (lambda: dd.Choice(["yes"], fresh=True), "needs a question"),
         (lambda: dd.Choice(["yes"], normalize="unconditional"), "needs a question"),
         (lambda: dd.Choice(["yes"], "?", fresh=True, normalize="unconditional"), "mean"),
-        (lambda: dd.Choice(["yes"], "?", normalize="median"), "unconditional"),  # type: ignore[arg-type]
-        (lambda: dd.Choice(["yes"], "?", read="worst"), "argmax"),  # type: ignore[arg-type]
+        (lambda: dd.Choice(["yes"], "?", normalize="median"), "unconditional"),  # type: ignore[arg-type]  # on purpose
+        (lambda: dd.Choice(["yes"], "?", read="worst"), "argmax"),  # type: ignore[arg-type]  # on purpose
     ],
 )
 def test_choices_that_cannot_be_read_are_refused(make: object, complaint: str) -> None:

@@ -93,7 +93,7 @@ def test_expand_takes_the_same_constraints(engine: dd.Engine, given: dict[str, o
         return "\nGo:"
 
     score = dd.score(lambda at: 1.0)
-    for part in (dd.expand(cue="\nGo:", width=3, **given), dd.expand(width=3, **given)(cue)):  # type: ignore[call-overload]
+    for part in (dd.expand(cue="\nGo:", width=3, **given), dd.expand(width=3, **given)(cue)):  # type: ignore[call-overload]  # any of them
         program = dd.compile(part, score, strategy=dd.Beam(depth=1))
         assert next(iter(given)) in program.explain()
         with program.run(engine, "Walk.", seed=2) as result:
@@ -127,7 +127,7 @@ def test_what_gen_says_goes_before_what_expand_says(engine: dd.Engine) -> None:
 def test_a_static_grammar_that_is_invalid_fails_at_compile_time(given: dict[str, object], match: str) -> None:
     """With the line of the function, and with llguidance's message."""
 
-    @dd.expand(**given)  # type: ignore[call-overload, untyped-decorator]
+    @dd.expand(**given)  # type: ignore[call-overload, untyped-decorator]  # any of them
     def wrong(at: dd.Node) -> str:
         return "x"
 

@@ -77,4 +77,4 @@ def test_what_cannot_be_marked_says_so() -> None:
     with pytest.raises(dd.ProgramError, match="decorate the function where it is defined"):
         dd.score(len)
     with pytest.raises(dd.ProgramError, match="decorates a function, not 3"):
-        dd.score(3)  # type: ignore[call-overload]
+        dd.score(3)  # type: ignore[call-overload]  # on purpose

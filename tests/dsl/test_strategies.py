@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -254,9 +254,9 @@ def test_votes_are_counted(answers: list[str], dice: random.Random) -> None:
     values: Values = {(index,): float(value) for index, value in enumerate(dice.sample(range(100), len(answers)))}
 
     def winner(weight: Callable[[Path], float]) -> Path:
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for path in values:
-            sums[answers[path[0]]] += weight(path)  # type: ignore[assignment]
+            sums[answers[path[0]]] += weight(path)
         groups = {said: [path for path in values if answers[path[0]] == said] for said in sums}
         best = max(groups, key=lambda said: (sums[said], max(values[path] for path in groups[said])))
         return max(groups[best], key=lambda path: values[path])
@@ -264,21 +264,21 @@ def test_votes_are_counted(answers: list[str], dice: random.Random) -> None:
     def world() -> World:
         return World(values, width=len(values), ballot=lambda path: answers[path[0]])
 
-    vote = len  # never called: the world counts
-    assert searched(dd.BestOfN(len(values), vote=vote), world()) == winner(lambda path: 1.0)  # type: ignore[arg-type]
-    weighted = dd.BestOfN(len(values), vote=vote, weighted=True)  # type: ignore[arg-type]
+    vote: Any = len  # never called: the world counts
+    assert searched(dd.BestOfN(len(values), vote=vote), world()) == winner(lambda path: 1.0)
+    weighted = dd.BestOfN(len(values), vote=vote, weighted=True)
     assert searched(weighted, world()) == winner(lambda path: values[path])
 
 
 def test_whoever_abstains_does_not_count() -> None:
     """Two of one answer beat three that say nothing; where nobody votes, the value decides."""
     values: Values = {(index,): float(index) for index in range(5)}
-    vote = len
+    vote: Any = len
     said: list[str | None] = ["a", "a", None, None, None]
     world = World(values, width=5, ballot=lambda path: said[path[0]])
-    assert searched(dd.BestOfN(5, vote=vote), world) == (1,)  # type: ignore[arg-type]
+    assert searched(dd.BestOfN(5, vote=vote), world) == (1,)
     nobody = World(values, width=5, ballot=lambda path: None)
-    assert searched(dd.BestOfN(5, vote=vote), nobody) == (4,)  # type: ignore[arg-type]
+    assert searched(dd.BestOfN(5, vote=vote), nobody) == (4,)
     assert isinstance(nobody.asks[-1], Vote)
 
 
@@ -411,9 +411,9 @@ def test_programs_they_cannot_run_are_refused(strategy: dd.Strategy, facts: Prog
 def test_unknown_rules_are_refused() -> None:
     """What a type checker would say too."""
     with pytest.raises(dd.ProgramError, match="rule='ucb'"):
-        dd.MCTS(4, rule="ucb").check(FACTS)  # type: ignore[arg-type]
+        dd.MCTS(4, rule="ucb").check(FACTS)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(dd.ProgramError, match="backup='sum'"):
-        dd.MCTS(4, backup="sum").check(FACTS)  # type: ignore[arg-type]
+        dd.MCTS(4, backup="sum").check(FACTS)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_unknown_rules_are_refused() -> None:
         (dd.DepthFirst(4, threshold=0.5), "DepthFirst(depth=4, threshold=0.5)"),
         (dd.MCTS(64, parallel=8, rule="puct"), "MCTS(64, parallel=8, rule='puct')"),
         (dd.LATS(30, reflect="Why?"), "LATS(30, exploration=1.0, reflect='Why?')"),
-        (dd.BestOfN(16, vote=len, depth=2), "BestOfN(16, vote=len, depth=2)"),  # type: ignore[arg-type]
+        (dd.BestOfN(16, vote=len, depth=2), "BestOfN(16, vote=len, depth=2)"),  # type: ignore[arg-type]  # has a name
         (dd.SelfRefine(3), "SelfRefine(rounds=3)"),
         (dd.AdaptiveBranching(60, depth=3), "AdaptiveBranching(60, depth=3)"),
     ],

@@ -28,7 +28,8 @@ class Mutation:
         changed = ModuleType(module.__name__)
         with pytest.MonkeyPatch.context() as meanwhile:
             meanwhile.setitem(sys.modules, module.__name__, changed)  # where dataclasses look for their own module
-            exec(compile(source.replace(self.old, self.new), str(module.__file__), "exec"), changed.__dict__)  # noqa: S102
+            mutant = compile(source.replace(self.old, self.new), str(module.__file__), "exec")
+            exec(mutant, changed.__dict__)  # noqa: S102 - our own file
         for name, ours in vars(module).copy().items():
             theirs = vars(changed).get(name)
             if getattr(ours, "__module__", None) != module.__name__ or theirs is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -137,8 +136,7 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
 def plain(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, Tensor]:
     """Transformers' own forward of one sequence: final hidden states and logits."""
     states: list[Tensor] = []
-    keep: Callable[..., None] = lambda _module, _inputs, output: states.append(output.last_hidden_state)  # noqa: E731
-    hook = model.get_decoder().register_forward_hook(keep)
+    hook = model.get_decoder().register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
     with torch.inference_mode():
         logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
     hook.remove()

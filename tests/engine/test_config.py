@@ -57,7 +57,7 @@ def test_a_refusal_names_the_field_the_value_and_what_is_allowed(options: Sampli
 def test_an_unknown_option_is_refused_with_the_closest_name() -> None:
     """A slip of the pen does not silently sample at the defaults."""
     with pytest.raises(RequestError, match="did you mean 'max_tokens'"):
-        SamplingParams.of(max_token=5)  # type: ignore[call-arg]
+        SamplingParams.of(max_token=5)  # type: ignore[call-arg]  # on purpose
 
 
 def test_stop_is_always_a_tuple() -> None:
@@ -82,7 +82,7 @@ def test_params_are_frozen_copies() -> None:
     params = SamplingParams.of(logit_bias=bias)
     bias[1] = 9.0
     with pytest.raises(ValidationError):
-        params.temperature = 1.0  # type: ignore[misc]
+        params.temperature = 1.0  # type: ignore[misc]  # on purpose
     assert (params.logit_bias, params.temperature) == ({1: 2.0}, 0.0)
 
 

@@ -44,7 +44,7 @@ SETUPS = (
 
 def opened(folder: Path, dtype: str, **settings: object) -> tuple[Engine, WatchingHead]:
     loaded = load_model(str(folder), dtype=dtype, device="cpu")
-    config = EngineConfig.of(dtype=dtype, device="cpu", deterministic=True, **settings)  # type: ignore[arg-type]
+    config = EngineConfig.of(dtype=dtype, device="cpu", deterministic=True, **settings)  # type: ignore[arg-type]  # some of them
     return watched(loaded, config)
 
 
@@ -68,8 +68,9 @@ class Traffic:
         other = rng.choice(self.live)
         pending = self._engine.submit_score(other, [self._tokens(1, 4), self._tokens(1, 4)])
         if chosen:
-            options = rng.choice([{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
-            self._engine.generate(chosen, max_tokens=rng.randint(1, 6), ignore_eos=True, **options)  # type: ignore[arg-type]
+            temperature, top_p = rng.choice([(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+            most = rng.randint(1, 6)
+            self._engine.generate(chosen, max_tokens=most, ignore_eos=True, temperature=temperature, top_p=top_p)
         pending.wait()
 
     def _grow(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import RequestError, SnapshotError
+from dendrite.engine.messages import Message
 from dendrite.testing import scripted_engine
 from tests.engine.test_pressure import reply
 from tests.engine.test_snapshots import altered
@@ -79,12 +80,12 @@ def test_processes_that_write_at_the_same_time_leave_whole_files(
 
 def test_roots_begin_on_the_longest_prefix_up_to_where_they_differ(tmp_path: Path) -> None:
     """Texts, conversations, a prompt that is shorter than what is there; what is in memory already is not read."""
-    system = [{"role": "system", "content": SYSTEM}]
+    system: list[Message] = [{"role": "system", "content": SYSTEM}]
     with scripted_engine(reply, prefix_cache=tmp_path) as engine:
         assert engine.cache_prefix(SYSTEM) == len(SYSTEM) + 1
         assert engine.cache_prefix(SYSTEM) == 0
         assert engine.cache_prefix(SYSTEM + " Or two.") == len(" Or two.")
-        assert engine.cache_prefix(messages=system) > len(SYSTEM)  # type: ignore[arg-type]
+        assert engine.cache_prefix(messages=system) > len(SYSTEM)
         assert engine.stats().blocks_used == 0
         wanted = [
             engine.root(SYSTEM + text, seed=1).generate(max_tokens=5, temperature=1.0).text for text in ("", " Go")
@@ -94,7 +95,7 @@ def test_roots_begin_on_the_longest_prefix_up_to_where_they_differ(tmp_path: Pat
         assert [root.num_cached for root in roots] == [len(SYSTEM) + 1] * 2
         assert [root.generate(max_tokens=5, temperature=1.0).text for root in roots] == wanted
         assert engine.root(SYSTEM[:30]).num_cached == 31
-        chat = engine.root(messages=[*system, {"role": "user", "content": "Go"}])  # type: ignore[list-item]
+        chat = engine.root(messages=[*system, {"role": "user", "content": "Go"}])
         assert chat.num_cached > len(SYSTEM)
         assert engine.root("Something else").num_cached == 0
         engine.check_integrity()

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dendrite.engine.branch import Branch
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import (
     BranchError,
@@ -22,6 +23,7 @@ from dendrite.engine.errors import (
     SnapshotMismatch,
     SnapshotTooNew,
 )
+from dendrite.engine.messages import Message
 from dendrite.testing import scripted_engine
 
 
@@ -36,9 +38,9 @@ def engine() -> Iterator[Engine]:
         engine.check_integrity()
 
 
-def draw(engine: Engine, *branches: object) -> list[str]:
+def draw(engine: Engine, *branches: Branch) -> list[str]:
     """What forks of the branches say next, drawn at random."""
-    outs = engine.generate([branch.fork() for branch in branches], max_tokens=6, temperature=1.0)  # type: ignore[attr-defined]
+    outs = engine.generate([branch.fork() for branch in branches], max_tokens=6, temperature=1.0)
     return [out.text for out in outs]
 
 
@@ -110,10 +112,10 @@ def test_a_conversation_goes_on_after_a_restart(engine: Engine, tmp_path: Path) 
     chat = engine.root(messages=[{"role": "user", "content": "hello"}], seed=1)
     chat.generate(max_tokens=6)
     chat.save(tmp_path / "chat")
-    follow = [{"role": "user", "content": "go on"}]
+    follow: list[Message] = [{"role": "user", "content": "go on"}]
     with scripted_engine(reply) as other:
         restored = other.restore(tmp_path / "chat")
-        assert restored.append(messages=follow).token_ids == chat.append(messages=follow).token_ids  # type: ignore[arg-type]
+        assert restored.append(messages=follow).token_ids == chat.append(messages=follow).token_ids
 
 
 def test_a_real_model_restores_bit_for_bit(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from dendrite.engine.archive import Archive
+from dendrite.engine.batch import Segment
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
@@ -182,13 +185,13 @@ class TreeMachine(RuleBasedStateMachine):
             if run.is_kept:
                 run.node.num_computed = run.end
 
-    def check_reads(self, runs: list[Run], segments: object) -> None:
+    def check_reads(self, runs: list[Run], segments: Sequence[Segment]) -> None:
         """Every row reads exactly its path, in order, itself last."""
         row = 0
         for run in runs:
             for offset in range(run.start, run.end):
                 read: list[int] = []
-                for segment in segments:  # type: ignore[attr-defined]
+                for segment in segments:
                     if not segment.row_start <= row < segment.row_end:
                         continue
                     slots = [slot for begin, end in segment.spans for slot in range(begin, end)]

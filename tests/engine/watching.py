@@ -36,7 +36,7 @@ class WatchingHead(Head):
             self._logits = list(logits)
             return logits
 
-        runner.logits = kept  # type: ignore[method-assign]
+        runner.logits = kept  # type: ignore[method-assign]  # watched
 
     def _read_part(self, reads: Sequence[Read], hidden: Tensor | None, masks: Masks | None) -> list[Result]:
         paths = [_path(read) for read in reads]  # before anything is appended

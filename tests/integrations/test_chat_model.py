@@ -63,7 +63,7 @@ def usage(message: BaseMessage) -> tuple[int, int, int]:
 def test_n_answers_cost_one_prefill(engine: Engine, chat: ChatDendrite) -> None:
     """`generate(n=8)` computes the prompt once; the answers say that all but the first found it in the cache."""
     result = chat.generate([[HumanMessage("Which fruit?")]], n=8, seed=5)
-    answers = [generation.message for generation in result.generations[0]]  # type: ignore[union-attr]
+    answers = [generation.message for generation in result.generations[0]]  # type: ignore[union-attr]  # of a chat model
     assert len({answer.text for answer in answers}) > 1
     num_prompt = usage(answers[0])[0]
     assert [usage(answer)[1] for answer in answers] == [0, *[num_prompt] * 7]
@@ -188,7 +188,7 @@ async def test_an_async_stream_is_the_same(chat: ChatDendrite) -> None:
     assert "".join(chunk.text for chunk in chunks) == "well said"
     stream = chat.astream("Say more.")
     await anext(stream)
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 def test_several_answers_do_not_stream(chat: ChatDendrite) -> None:
@@ -293,7 +293,7 @@ def test_bad_settings_are_named() -> None:
     for bad in ({"top_pk": 1}, {"temperature": -1}, {"n": 0}, {"top_p": 2}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             ChatDendrite(**bad)
-    ChatDendrite(api_key="none", base_url="nowhere", max_retries=2)  # type: ignore[call-arg]
+    ChatDendrite(api_key="none", base_url="nowhere", max_retries=2)  # type: ignore[call-arg]  # on purpose
 
 
 def test_bad_keywords_are_named(chat: ChatDendrite) -> None:

@@ -92,7 +92,7 @@ class TestIntegration(ChatModelIntegrationTests):
         model: BaseChatModel,
         *,
         tool_choice: str | None = None,  # noqa: PT028 - as the suite has it
-        force_tool_call: bool = True,  # noqa: PT028
+        force_tool_call: bool = True,  # noqa: PT028 - as the suite has it
     ) -> None:
         """Write something else; `test_tools.py` shows that Unicode arguments arrive."""
         super().test_unicode_tool_call_integration(model, tool_choice=tool_choice, force_tool_call=force_tool_call)

@@ -137,4 +137,4 @@ def test_bad_use_is_named(chat: ChatDendrite) -> None:
     with pytest.raises(RequestError, match="smell"):
         create_agent(chat, [Looks().tool], middleware=[unknown]).invoke(ask("Look."))
     with pytest.raises(CallbackError, match="returned 'good'"):
-        create_agent(chat, [], middleware=[BestOfN(2, score=lambda messages: "good")]).invoke(ask("Guess."))  # type: ignore[arg-type]
+        create_agent(chat, [], middleware=[BestOfN(2, score=lambda messages: "good")]).invoke(ask("Guess."))  # type: ignore[arg-type]  # on purpose

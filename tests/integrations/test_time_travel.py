@@ -305,8 +305,7 @@ async def test_handles_are_found_where_graphs_put_them(engine: Engine, saver: Ti
     builder.add_node("generate", generate_node(engine=engine, max_tokens=3, temperature=1.0))
     builder.add_node("nest", lambda state: {"nested": {"deep": [(state["branches"][0], 1)], "like": "dendrite:1:x"}})
     builder.add_edge(START, "fork")
-    fanned = lambda state: [Send("nest", {"branches": [handle]}) for handle in state["branches"][:1]]  # noqa: E731
-    builder.add_conditional_edges("fork", fanned, ["nest"])
+    builder.add_conditional_edges("fork", lambda state: [Send("nest", {"branches": state["branches"][:1]})], ["nest"])
     graph = builder.compile(checkpointer=saver)
     await graph.ainvoke({}, thread("1"), interrupt_before=["nest"])
     kept = await stored(saver)

@@ -163,7 +163,7 @@ def test_structured_output_holds_what_the_model_would_not(chat: ChatDendrite) ->
 def test_unknown_methods_are_refused(chat: ChatDendrite) -> None:
     """With the ones there are."""
     with pytest.raises(RequestError, match="json_schema, function_calling, json_mode"):
-        chat.with_structured_output(Pair, method="yaml")  # type: ignore[arg-type]
+        chat.with_structured_output(Pair, method="yaml")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(RequestError, match="needs a schema"):
         chat.with_structured_output(method="json_schema")
 

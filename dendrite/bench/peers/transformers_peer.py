@@ -40,7 +40,7 @@ class Clock(StoppingCriteria):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: ARG002
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: ARG002 - as Transformers calls it
         """Note the time."""
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool)

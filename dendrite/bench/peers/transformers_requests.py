@@ -58,7 +58,7 @@ def load(model: PeerModel) -> PreTrainedModel:
     else:
         made = AutoModelForCausalLM.from_pretrained(
             model.folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        ).to(device=model.device)  # type: ignore[call-arg]
+        ).to(device=model.device)  # type: ignore[call-arg]  # its `self` is mistyped
     made.eval()
     return made
 

@@ -47,7 +47,7 @@ class VLLM:
 
     def _run(self, prompts: Sequence[Tokens], **options: int) -> list:  # type: ignore[type-arg]  # vLLM's own
         parameters = self._parameters(temperature=TEMPERATURE, ignore_eos=True, detokenize=False, **options)
-        outs: list = self._llm.generate(  # type: ignore[type-arg]
+        outs: list = self._llm.generate(  # type: ignore[type-arg]  # as above
             [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
         )
         return outs

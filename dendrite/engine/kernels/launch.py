@@ -21,4 +21,4 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 def power_of_two(number: int) -> int:
     """The next power of two, `number` itself if it is one."""
-    return triton.next_power_of_2(number)  # type: ignore[no-any-return]
+    return triton.next_power_of_2(number)  # type: ignore[no-any-return]  # Triton is untyped

@@ -42,7 +42,7 @@ class _Choosing(AgentMiddleware[Any, Any, Any]):
     async def awrap_model_call(
         self,
         request: ModelRequest[Any],
-        handler: AsyncHandler,  # noqa: ARG002
+        handler: AsyncHandler,  # noqa: ARG002 - as above
     ) -> ModelResponse[Any]:
         """The same for async agents."""
         return ModelResponse(result=[await self._chosen(request)])

@@ -63,7 +63,7 @@ def compile_merge(config: KernelConfig, dtype: str, *, head_dim: int, group: int
     _compile(merge_partials, signature, constants, MERGE_WARPS)
 
 
-def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, object], num_warps: int) -> None:  # noqa: ANN401
+def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, object], num_warps: int) -> None:  # noqa: ANN401 - Triton's
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = [["tt.divisibility", 16]]
     attributes = {

@@ -37,7 +37,8 @@ def test_a_replay_gives_what_the_step_gives(is_filtered: bool, dtype: torch.dtyp
 
     register_attention()
     device = torch.device("cuda")
-    model = tiny_model(tiny_config("qwen3", hidden_size=128, intermediate_size=256)).to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    config = tiny_config("qwen3", hidden_size=128, intermediate_size=256)
+    model = tiny_model(config, device=device, dtype=dtype)
     spec = spec_of(model)
     model.set_attn_implementation(ATTENTION_NAME)
     make_fused(model)

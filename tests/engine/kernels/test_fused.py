@@ -39,7 +39,7 @@ def test_a_fused_model_runs_a_tree_as_transformers_runs_its_paths(family: str, d
     register_attention()
     config = tiny_config(family, num_hidden_layers=2, **FUSED[family])
     reference = tiny_model(copy.deepcopy(config))
-    model = tiny_model(config).to(device=device)  # type: ignore[call-arg]
+    model = tiny_model(config, device=device)
     spec = spec_of(model)
     model.set_attn_implementation(ATTENTION_NAME)
     assert fused(model)
@@ -59,7 +59,7 @@ def test_one_row_through_the_kernel_changes_nothing(device: torch.device) -> Non
     register_attention()
     config = tiny_config("qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_key_value_heads=1)
     reference = tiny_model(copy.deepcopy(config))
-    model = tiny_model(config).to(device=device)  # type: ignore[call-arg]
+    model = tiny_model(config, device=device)
     spec = spec_of(model)
     model.set_attn_implementation(ATTENTION_NAME)
     assert fused(model)
@@ -77,7 +77,7 @@ def test_one_row_through_the_kernel_changes_nothing(device: torch.device) -> Non
 
 def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:
     """Of the layers' parameters none is left: their weights live in the merged ones alone."""
-    model = tiny_model(EXACT["qwen3"]()).to(device=device)  # type: ignore[call-arg]
+    model = tiny_model(EXACT["qwen3"](), device=device)
     assert fused(model)
     assert [name for name, _ in model.named_parameters()] == ["model.embed_tokens.weight", "lm_head.weight"]
 
@@ -87,7 +87,7 @@ def test_unknown_structure_is_left_alone(change: str, device: torch.device) -> N
     """Layers that differ in anything the fused forward does not know keep their own forward."""
     changes: dict[str, dict[str, object]] = {"activation": {"hidden_act": "gelu"}, "window": {"sliding_window": 8}}
     config = tiny_config("mistral", **{"sliding_window": None, **changes.get(change, {})})
-    model = tiny_model(EXACT["gemma"]() if change == "family" else config).to(device=device)  # type: ignore[call-arg]
+    model = tiny_model(EXACT["gemma"]() if change == "family" else config, device=device)
     if change == "subclass":
         layer = model.get_decoder().layers[1]
         layer.mlp.__class__ = type("OtherMLP", (type(layer.mlp),), {})
