@@ -18,6 +18,7 @@ from dendrite.engine.attention.cpu import TreeAttention
 from dendrite.engine.attention.interface import STEP_KEYWORD
 from dendrite.engine.batch import Batch
 from dendrite.engine.crowding import Crowding
+from dendrite.engine.heap import HEAP
 from dendrite.engine.invariance import check_invariance
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool, default_swap_bytes, num_blocks_for
@@ -115,6 +116,7 @@ class TorchRunner:
         self._watching: Callable[[], AbstractContextManager[None]] = nullcontext if steady else Crowding().watching
         if steady:
             check_invariance(self._decoder, self.logits, spec)
+        self._release_heap = HEAP.hold(self)
 
     def run(self, batch: Batch, drawn: Tensor | None = None) -> Tensor:
         """Copy blocks, run the layers, keep the rows' K/V.
@@ -160,6 +162,7 @@ class TorchRunner:
         """Drop the model and the pool; the runner cannot be used again."""
         self._pool.close()
         del self._decoder, self._head, self._backend, self._pool, self.mover
+        self._release_heap()
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
