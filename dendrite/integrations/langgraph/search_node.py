@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from langchain_core.runnables import Runnable, RunnableLambda
@@ -97,39 +97,54 @@ def search_node(
         ProgramError: `prompt` or `update` gave something else.
         CallbackError, EngineError: as for `program.run`.
     """
-    source = NodeEngine(engine)
-    memory = Memory()
+    node = _SearchNode(program, NodeEngine(engine), prompt, update, state, seed, budget)
+    return RunnableLambda(node.run, afunc=node.arun, name="search")
 
-    def begun(values: object) -> tuple[SearchOnce[S], tuple[object, ...]]:
+
+@dataclass(frozen=True, slots=True)
+class _SearchNode(Generic[S]):
+    """The node: it searches once an execution, since `memory` has what was found until its update has been made."""
+
+    program: Program[S]
+    engine: NodeEngine
+    prompt: Callable[[Any], Prompt]
+    update: Callable[[Found[S]], Update]
+    state: Callable[[Any], S] | None
+    seed: int | None
+    budget: Budget | None
+    memory: Memory = field(default_factory=Memory)
+
+    def run(self, values: object) -> Update:
+        """The node in a sync graph."""
+        once, key = self._begun(values)
+        made = self._updated(once, self.memory.complete(once, key))
+        self.memory.forget(key)
+        return made
+
+    async def arun(self, values: object) -> Update:
+        """The node in an async graph."""
+        once, key = self._begun(values)
+        made = self._updated(once, await self.memory.acomplete(once, key))
+        self.memory.forget(key)
+        return made
+
+    def _begun(self, values: object) -> tuple[SearchOnce[S], tuple[object, ...]]:
         runtime = current_runtime()
-        given: dict[str, Any] = {"seed": run_seed(runtime) if seed is None else seed, "budget": budget}
-        if state is not None:
-            given["state"] = state(values)
-        on, asked = source.get(runtime), prompt(values)
+        given: dict[str, Any] = {"seed": run_seed(runtime) if self.seed is None else self.seed, "budget": self.budget}
+        if self.state is not None:
+            given["state"] = self.state(values)
+        engine, prompt = self.engine.get(runtime), self.prompt(values)
         here = contextvars.copy_context()  # where the stream's writer knows which node it is of
 
         def write(event: object) -> None:
             here.run(runtime.stream_writer, event)
 
-        return SearchOnce(program, on, lambda: program.start(on, asked, **given), write), run_path(runtime)
+        once = SearchOnce(self.program, engine, lambda: self.program.start(engine, prompt, **given), write)
+        return once, run_path(runtime)
 
-    def updated(once: SearchOnce[S], result: Result[S]) -> Update:
+    def _updated(self, once: SearchOnce[S], result: Result[S]) -> Update:
         with result:
-            made = update(Found(result, once.handles))
+            made = self.update(Found(result, once.handles))
         if not isinstance(made, Mapping):
             raise ProgramError(f"update() returned {made!r}: return a dict of the state's keys")
         return made
-
-    def run(values: object) -> Update:
-        once, key = begun(values)
-        made = updated(once, memory.complete(once, key))
-        memory.forget(key)
-        return made
-
-    async def arun(values: object) -> Update:
-        once, key = begun(values)
-        made = updated(once, await memory.acomplete(once, key))
-        memory.forget(key)
-        return made
-
-    return RunnableLambda(run, afunc=arun, name="search")
