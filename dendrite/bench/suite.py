@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dendrite.bench.board import OURS, Board
-from dendrite.bench.cases import SIZES, TEMPERATURE, WORKLOADS, Case, Sizes, check_workloads, to_message
+from dendrite.bench.cases import TEMPERATURE, WORKLOADS, Case, check_workloads, to_message
 from dendrite.bench.figures import Result
 from dendrite.bench.fork import fork_figures, slowest_forks
 from dendrite.bench.machine import load_note, others_load, this_machine
@@ -28,6 +28,7 @@ from dendrite.bench.peers.protocol import PeerEnded, PeerError, PeerModel
 from dendrite.bench.rounds import Progress, Run, take_turns
 from dendrite.bench.searches import opened
 from dendrite.bench.shapes import write_config
+from dendrite.bench.sizes import SIZES, Sizes
 from dendrite.bench.subject import Subject
 from dendrite.bench.table import number
 from dendrite.engine.errors import DendriteError, EngineClosed, EngineDead

@@ -70,7 +70,7 @@ def _command(name: str, default_model: str) -> Callable[..., None]:
         output: OutputFolder = None,
         markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     ) -> None:
-        from dendrite.bench.cases import SIZES
+        from dendrite.bench.sizes import SIZES
         from dendrite.bench.subject import Subject
         from dendrite.bench.suite import SuiteSettings
 

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from dendrite.bench.cases import (
-    SIZES,
     WORKLOADS,
     Case,
     Decode,
@@ -20,6 +19,7 @@ from dendrite.bench.cases import (
 from dendrite.bench.floors import RATES, Dimensions, floor_of, rates_of
 from dendrite.bench.goals import H200_8B, goal_of
 from dendrite.bench.shapes import config_of
+from dendrite.bench.sizes import SIZES
 from dendrite.engine.errors import RequestError
 
 CASES = {

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dendrite.bench.cases import SIZES, WORKLOADS, Case, Memory, Prompts, cue
+from dendrite.bench.cases import WORKLOADS, Case, Memory, Prompts, cue
 from dendrite.bench.figures import Result
 from dendrite.bench.peers.challengers import Challenger
 from dendrite.bench.peers.protocol import PeerError
 from dendrite.bench.peers.requests import repetition, request_answer
 from dendrite.bench.searches import opened
+from dendrite.bench.sizes import SIZES
 from dendrite.bench.subject import Subject
 from dendrite.bench.suite import SuiteSettings, run_suite
 from dendrite.cli.main import app
