@@ -96,7 +96,7 @@ def test_a_fault_anywhere_leaks_nothing(owner: type, name: str, monkeypatch: pyt
                 assert work(engine) == wanted
             except StepFailed:
                 failures += 1
-            fault.at, fault.error = -1, RuntimeError("injected")  # the old one's traceback holds the step's branches
+            fault.at, fault.error = -1, RuntimeError("injected")  # the old one's traceback names frames with branches
             engine.check_integrity()
             assert work(engine) == wanted
             engine.check_integrity()
