@@ -166,13 +166,13 @@ class StepBuilder:
             if run is None or run.end != upto:
                 return None
             budget -= run.num_rows
+            self._last_row.add(id(run))  # an ancestor's too: others may go on from there without computing it again
         node, offset = tip.node, tip.offset
         if run is None:
             kept = node.hidden.get(offset)
             return kept if kept is not None else self._query(node, offset)
         if node.node_id not in self._runs:  # it was moved in behind a run
             return None
-        self._last_row.add(id(run))
         return run
 
     def _move_in(self, node: KVNode) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def _grow(engine: Engine, branches: list[Branch], options: SamplingOptions) -> N
     engine.generate(branches, **options)
 
 
+def _shared(ours: list[int], theirs: list[int]) -> tuple[int, ...]:
+    """What both begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return tuple(token for token, _ in pairs)
+
+
 def tree_of_texts(engine: Engine, sampling: SamplingOptions) -> list[list[int]]:
     """Token ids of a small search: forks, suffixes of several lengths, forks of forks, a stop, a past position."""
     root = engine.root(token_ids=PROMPT, seed=11)
@@ -85,13 +92,17 @@ def tree_of_texts(engine: Engine, sampling: SamplingOptions) -> list[list[int]]:
 def test_the_device_draws_the_tokens_of_the_cpu(
     wide_folder: Callable[[str], Path], family: str, sampling: SamplingOptions
 ) -> None:
-    """float32, through graphs, looking ahead; the same uniform numbers, so the same draws."""
+    """float32, through graphs, looking ahead; the same uniform numbers, so the same draws.
+
+    One of some four hundred may lie within rounding of the edge between two tokens, or of the nucleus.
+    """
     folder = str(wide_folder(family))
     found = []
     for device in ("cpu", "cuda"):
         with Engine.load(folder, device=device, dtype="float32", kv_memory="4MiB", block_size=4) as engine:
             found.append(tree_of_texts(engine, sampling))
-    assert found[0] == found[1]
+    parted = {_shared(ours, theirs) for ours, theirs in zip(*found, strict=True) if ours != theirs}
+    assert len(parted) <= ("temperature" in sampling), f"the devices part after {parted}"
 
 
 @gpu

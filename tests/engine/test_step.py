@@ -20,6 +20,22 @@ def test_forks_of_a_computed_parent_need_no_row_for_their_first_token() -> None:
     assert {read.source for read in found.reads} == {("hidden", 0)}
 
 
+def test_what_a_fork_computed_of_its_parent_gives_the_parents_first_token() -> None:
+    """A value was asked on a fork; the search goes on from the parent itself, without a pass for its last token."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2, 3])
+    asked = tree.fork(root)
+    tree.extend(asked, [7, 8])
+    (request,) = generate(scheduler, asked)
+    first = step(scheduler)
+    assert (first.num_rows, [read.source for read in first.reads]) == (5, [1])
+    scheduler.remove(request)
+    generate(scheduler, tree.fork(root))
+    found = step(scheduler)
+    assert found.batch is None
+    assert [read.source for read in found.reads] == [("hidden", 0)]
+
+
 def test_a_fork_at_a_past_position_recomputes_one_token() -> None:
     """Its row writes to the trash block and reads the keys up to itself."""
     tree, scheduler = make()
