@@ -16,6 +16,8 @@ COLOURS = {"dendrite": "#1b7f5c", "vllm": "#e0a030", "sglang": "#4c72b0", "hf": 
 OTHER = "#c44e52"
 WIDTH = 0.8
 """Of a group of bars; groups stand 1 apart."""
+NOTHING_BUT_THE_PICTURE = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""Metadata of an SVG: none, so that a picture drawn again is the same file and names no other site."""
 
 
 class PlotError(DendriteError):
@@ -43,10 +45,10 @@ def draw(result: Result, folder: Path, name: str) -> list[Path]:
     for index, (workload, figures) in enumerate(panels.items()):
         _panel(picture.add_subplot(rows, columns, index + 1), workload, figures)
     picture.suptitle(f"{result.model}\n{result.machine.gpu or result.machine.processor}", fontsize=11)
-    paths = [folder / f"{name}.{ending}" for ending in ("svg", "png")]
-    for path in paths:
-        picture.savefig(path, dpi=150)
-    return paths
+    vector, raster = folder / f"{name}.svg", folder / f"{name}.png"
+    picture.savefig(vector, metadata=NOTHING_BUT_THE_PICTURE)
+    picture.savefig(raster, dpi=150)
+    return [vector, raster]
 
 
 def _panels(figures: Sequence[Figure]) -> dict[str, list[Figure]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dendrite.bench.figures import Figure, Result, figure
 from dendrite.bench.ours import warm_up
-from dendrite.bench.plot import PlotError
+from dendrite.bench.plot import NOTHING_BUT_THE_PICTURE, PlotError
 from dendrite.bench.rounds import Progress, Run, take_turns
 from dendrite.bench.sitting import Sitting
 from dendrite.engine.branch import Branch
@@ -90,7 +90,7 @@ def draw_pressure(result: Result, path: Path) -> None:
     axes.set_title(f"{result.model}, {result.machine.gpu or result.machine.processor}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))  # nothing but the picture
+    picture.savefig(path, metadata=NOTHING_BUT_THE_PICTURE)
 
 
 def _percent(found: Figure) -> int:

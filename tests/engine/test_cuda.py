@@ -92,16 +92,14 @@ def tree_of_texts(engine: Engine, sampling: SamplingOptions) -> list[list[int]]:
 def test_the_device_draws_the_tokens_of_the_cpu(
     wide_folder: Callable[[str], Path], family: str, sampling: SamplingOptions
 ) -> None:
-    """float32, through graphs, looking ahead; the same uniform numbers, so the same draws.
-
-    One of some four hundred may lie within rounding of the edge between two tokens, or of the nucleus.
-    """
+    """float32, through graphs, looking ahead; the same uniform numbers, so the same draws."""
     folder = str(wide_folder(family))
     found = []
     for device in ("cpu", "cuda"):
         with Engine.load(folder, device=device, dtype="float32", kv_memory="4MiB", block_size=4) as engine:
             found.append(tree_of_texts(engine, sampling))
     parted = {_shared(ours, theirs) for ours, theirs in zip(*found, strict=True) if ours != theirs}
+    # A draw of some four hundred may lie within rounding of the edge between two tokens, or of the nucleus.
     assert len(parted) <= ("temperature" in sampling), f"the devices part after {parted}"
 
 
