@@ -16,7 +16,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, epsilon
 
     Args:
         residual: [num_rows, width], contiguous; changed in place where there is a delta.
-        delta: [num_rows, width], contiguous, or None for nothing to add.
+        delta: [num_rows, width], contiguous, or sums still to be added, [num_parts, num_rows, width]; None for nothing.
         weight: [width].
         epsilon: what is added to the mean square.
 
@@ -32,7 +32,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, epsilon
         normed,
         width,
         epsilon,
-        HAS_DELTA=delta is not None,
+        NUM_PARTS=0 if delta is None else delta.numel() // residual.numel(),
         BLOCK=power_of_two(width),
         num_warps=min(max(power_of_two(width) // 512, 1), 8),
         **overlap(residual.device),
@@ -42,7 +42,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, epsilon
 
 @triton.jit
 def _add_rms_norm(
-    residual, delta, weight, normed, width, epsilon, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    residual, delta, weight, normed, width, epsilon, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     if PDL:
         gdc_launch_dependents()
@@ -53,8 +53,11 @@ def _add_rms_norm(
     if PDL:
         gdc_wait()
     total = tl.load(residual + places, mask=inside, other=0)
-    if HAS_DELTA:
+    if NUM_PARTS > 0:
+        part_size = tl.num_programs(0).to(tl.int64) * width
         added = tl.load(delta + places, mask=inside, other=0).to(tl.float32)
+        for part in tl.static_range(1, NUM_PARTS):
+            added += tl.load(delta + part * part_size + places, mask=inside, other=0).to(tl.float32)
         total = (total.to(tl.float32) + added).to(residual.dtype.element_ty)
         tl.store(residual + places, total, mask=inside)
     values = total.to(tl.float32)

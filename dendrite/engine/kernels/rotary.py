@@ -27,7 +27,8 @@ def rotate_and_keep(
     """Rotate queries and keys, and keep keys and values in the pool.
 
     Args:
-        qkv: [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: queries, keys, values.
+        qkv: [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: queries, keys, values; or sums still
+            to be added, [num_parts, num_rows, ...], whose total is rounded to the dtype of `kept`.
         cos: [num_positions, head_dim / 2], contiguous; row p is for position p.
         sin: the same.
         positions: [num_rows] int64, below `num_positions`.
@@ -41,9 +42,9 @@ def rotate_and_keep(
     _, num_kv_heads, _, head_dim = kept.shape
     assert kept.stride(2) == head_dim
     assert kept.stride(3) == 1
-    num_rows = len(qkv)
-    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    query = torch.empty((num_rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    num_rows, width = qkv.shape[-2:]
+    num_heads = width // head_dim - 2 * num_kv_heads
+    query = torch.empty((num_rows, num_heads, head_dim), dtype=kept.dtype, device=qkv.device)
     query_norm, key_norm, epsilon = head_norms if head_norms is not None else (cos, cos, 0.0)
     _rotate_and_keep[(num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS))](
         qkv,
@@ -58,6 +59,7 @@ def rotate_and_keep(
         kept.stride(0),
         kept.stride(1),
         epsilon,
+        NUM_PARTS=qkv.numel() // (num_rows * width),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -84,6 +86,7 @@ def _rotate_and_keep(
     kept_stride,  # from K to V
     head_stride,
     epsilon,
+    NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -102,9 +105,16 @@ def _rotate_and_keep(
     inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (column < HALF)
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
-    source = qkv + row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head * HEAD_DIM + column
+    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    source = qkv + row * WIDTH + head * HEAD_DIM + column
     first = tl.load(source, mask=inside, other=0)
     second = tl.load(source + HALF, mask=inside, other=0)
+    part_size = tl.num_programs(0).to(tl.int64) * WIDTH
+    for part in tl.static_range(1, NUM_PARTS):
+        first += tl.load(source + part * part_size, mask=inside, other=0)
+        second += tl.load(source + part * part_size + HALF, mask=inside, other=0)
+    first = first.to(query.dtype.element_ty)
+    second = second.to(query.dtype.element_ty)
     slot = tl.load(slots + row).to(tl.int64)
     turn = tl.load(positions + row).to(tl.int64) * HALF + column
     cosine = tl.load(cos + turn, mask=column < HALF, other=0).to(tl.float32)
@@ -121,8 +131,8 @@ def _rotate_and_keep(
         key_y = tl.load(key_norm + HALF + column, mask=column < HALF, other=0).to(tl.float32)
         x = x * inverse * tl.where(is_query & in_half, query_x, key_x)
         y = y * inverse * tl.where(is_query & in_half, query_y, key_y)
-    turned_x = (x * cosine - y * sine).to(qkv.dtype.element_ty)
-    turned_y = (y * cosine + x * sine).to(qkv.dtype.element_ty)
+    turned_x = (x * cosine - y * sine).to(query.dtype.element_ty)
+    turned_y = (y * cosine + x * sine).to(query.dtype.element_ty)
 
     target = query + (row * NUM_HEADS + head) * HEAD_DIM + column
     tl.store(target, turned_x, mask=inside & is_query)

@@ -4,10 +4,10 @@ Attention aside, a layer is:
 
     add + norm   qkv   head norms + rope + K/V append   (attention)   out   add + norm   gate|up   silu * mul   down
 
-With few rows the norm, the activation and the residual add are parts of the products' kernels (`stream`). Else what a
-layer adds to the residual stream is added by the norm that follows, the next layer's or the final one. So what goes
-from layer to layer is no tensor but a `Stream`; the decoder's own forward only hands it on. `families` says which
-models these are.
+With one row the norm, the activation and the residual add are parts of the products' kernels, with a few the activation
+is (`stream`). Else what a layer adds to the residual stream is added by the norm that follows, the next layer's or the
+final one. So what goes from layer to layer is no tensor but a `Stream`; the decoder's own forward only hands it on.
+`families` says which models these are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
+from dendrite.engine.kernels.compiled import can_compile
 from dendrite.engine.kernels.rotary import rotate_and_keep
+from dendrite.engine.passes.cutting import cut_products
 from dendrite.engine.passes.families import is_recognised, take_layers
 from dendrite.engine.passes.stream import Norm, Projection, Stream
 from dendrite.engine.passes.tuning import seconds_on_device, tune
@@ -40,7 +42,10 @@ def make_fused(model: PreTrainedModel) -> None:
     decoder.norm = _FinalNorm(decoder.norm)
     decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
     if model.device.type == "cuda":
-        tune(list(decoder.layers), decoder.config.hidden_size, seconds_on_device)
+        layers = list(decoder.layers)
+        tune(layers, decoder.config.hidden_size, seconds_on_device)
+        if can_compile(model.device):
+            cut_products([layer.projections for layer in layers], seconds_on_device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class FusedLayer(nn.Module):
             stream = Stream(stream[0].contiguous(), None)
         qkv = self._qkv.of_normed(stream, self._input_norm)
         self._out.add_to(stream, self._attend(qkv, position_embeddings, dendrite_step))
-        self._down.add_to(stream, self._gate_up.gated(stream, self._mlp_norm))
+        self._down.add_to(stream, self._gate_up.of_normed(stream, self._mlp_norm))
         return stream
 
     @property
@@ -128,7 +133,7 @@ class FusedLayer(nn.Module):
         """All but the attention, whose output is taken to be the unrotated queries; for measuring."""
         qkv = self._qkv.of_normed(stream, self._input_norm)
         self._out.add_to(stream, qkv[:, : self._out.weight.shape[1]].contiguous())
-        self._down.add_to(stream, self._gate_up.gated(stream, self._mlp_norm))
+        self._down.add_to(stream, self._gate_up.of_normed(stream, self._mlp_norm))
 
     def _attend(self, qkv: Tensor, rotation: _Rotation, step: AttentionStep) -> Tensor:
         # -> [num_rows, num_heads * head_dim]

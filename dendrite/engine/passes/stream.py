@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.kernels.activation import silu_mul
-from dendrite.engine.kernels.linear import NO_FUSION, Fusion, Tiling, one_row_linear
+from dendrite.engine.kernels.few_rows import Cut, few_rows_linear, few_rows_sums, row_tiles
+from dendrite.engine.kernels.linear import Fusion, Tiling, one_row_linear
 from dendrite.engine.kernels.norm import add_rms_norm
 from dendrite.engine.passes.linear import biases_of
 
@@ -23,7 +24,7 @@ class Stream:
     residual: Tensor
     """[num_rows, hidden_size]; what comes after adds to it in place."""
     delta: Tensor | None
-    """The same shape, or None for zero."""
+    """The same shape, or sums that make it up, [num_parts, num_rows, hidden_size]; None for zero."""
 
 
 class Norm:
@@ -43,8 +44,9 @@ class Norm:
 class Projection:
     """Linear layers over one input as one product: `x @ weight.T + bias`, their outputs side by side.
 
-    Where it has a tiling, one row goes through a kernel that also does what stands beside the product; all else goes
-    through the BLAS, with a kernel each for the rest.
+    Where it has a tiling, one row goes through a kernel that also does what stands beside the product; where it has a
+    cut for them, a few rows go through a kernel for few rows. All else goes through the BLAS. Whatever a product leaves
+    to do has a kernel of its own.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], *, is_gated: bool = False) -> None:
@@ -53,34 +55,42 @@ class Projection:
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.bias = torch.cat(biases).detach() if biases else None
         self.is_gated = is_gated
-        """Whether it is a gate's and an up projection, used by `gated` alone."""
+        """Whether it is a gate's and an up projection's."""
         self.tiling: Tiling | None = None
-        """How to cut it for one row; None for the BLAS."""
+        """How to cut it for one row."""
+        self.cuts: dict[int, Cut] = {}
+        """How to cut it for more, by the number of tiles of rows."""
 
     def of_normed(self, stream: Stream, norm: Norm) -> Tensor:
-        """The product over the normed stream: [num_rows, width]."""
-        if (tiling := self._tiling(stream.residual)) is None:
-            return F.linear(norm(stream), self.weight, self.bias)
-        return self._with_norm(stream, norm, tiling, is_gated=False)
+        """The product over the normed stream, of a gate and an up projection `silu(gate) * up`.
 
-    def gated(self, stream: Stream, norm: Norm) -> Tensor:
-        """`silu(gate) * up` of the normed stream, for a gate and an up projection: [num_rows, width / 2]."""
+        Returns:
+            [num_rows, width], gated half as wide; or sums that make it up, [num_parts, num_rows, width] float32.
+        """
         if (tiling := self._tiling(stream.residual)) is None:
-            return silu_mul(F.linear(norm(stream), self.weight, self.bias))
-        return self._with_norm(stream, norm, tiling, is_gated=True)
+            return self.product(norm(stream))
+        if stream.delta is not None:  # still to be added, which the kernel of the norm does along with it
+            fusion = Fusion(is_gated=self.is_gated)
+            return one_row_linear(norm(stream), self.weight, self.bias, tiling, fusion)
+        fusion = Fusion(norm=(norm.weight, norm.epsilon), is_gated=self.is_gated)
+        return one_row_linear(stream.residual, self.weight, self.bias, tiling, fusion)
 
     def add_to(self, stream: Stream, x: Tensor) -> None:
         """Add the product over x to the stream, now or with what comes next."""
         if (tiling := self._tiling(x)) is None:
-            stream.delta = F.linear(x, self.weight, self.bias)
+            stream.delta = self.product(x)
         else:
             one_row_linear(x, self.weight, self.bias, tiling, Fusion(residual=stream.residual))
 
-    def _with_norm(self, stream: Stream, norm: Norm, tiling: Tiling, *, is_gated: bool) -> Tensor:
-        if stream.delta is not None:  # still to be added, which the kernel of the norm does along with it
-            return one_row_linear(norm(stream), self.weight, self.bias, tiling, replace(NO_FUSION, is_gated=is_gated))
-        fusion = Fusion(norm=(norm.weight, norm.epsilon), is_gated=is_gated)
-        return one_row_linear(stream.residual, self.weight, self.bias, tiling, fusion)
+    def product(self, x: Tensor) -> Tensor:
+        """The product over x [num_rows, depth] by itself; see `of_normed`."""
+        cut = self.cuts.get(row_tiles(len(x))) if len(x) > 1 else None
+        if cut is None:
+            product = F.linear(x, self.weight, self.bias)
+            return silu_mul(product) if self.is_gated else product
+        if cut.num_splits > 1:
+            return few_rows_sums(x, self.weight, self.bias, cut)
+        return few_rows_linear(x, self.weight, self.bias, cut, is_gated=self.is_gated)
 
     def _tiling(self, x: Tensor) -> Tiling | None:
         return self.tiling if len(x) == 1 else None

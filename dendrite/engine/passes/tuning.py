@@ -64,7 +64,7 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
         for tiling in tilings_for(projection.weight.shape[1]):
             _set(layers, index, tiling)
             try:
-                if not _is_close(_run(layers[:1], given), expected):
+                if not is_close(_run(layers[:1], given), expected):
                     continue
                 seconds = measure(lambda: _run(layers, given))
             except (TritonError, RuntimeError):  # made for a larger device, or for another version of the compiler
@@ -96,7 +96,8 @@ def _set(layers: Sequence[Layer], index: int, tiling: Tiling | None) -> None:
         layer.projections[index].tiling = tiling
 
 
-def _is_close(result: Tensor, expected: Tensor) -> bool:
+def is_close(result: Tensor, expected: Tensor) -> bool:
+    """Whether a kernel's result is that of the BLAS but for rounding."""
     distance = torch.linalg.vector_norm((result - expected).float())
     return bool(distance <= TOLERANCE * torch.linalg.vector_norm(expected.float()))  # NaN is not
 

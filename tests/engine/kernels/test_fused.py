@@ -75,6 +75,35 @@ def test_one_row_through_the_kernel_changes_nothing(device: torch.device) -> Non
         torch.testing.assert_close(hidden.cpu(), plain(reference, tokens)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_few_rows_through_the_kernel_change_nothing(family: str, device: torch.device) -> None:
+    """With all products cut, in parts where they may be, a step's hidden states are those through the BLAS."""
+    from dendrite.engine.kernels.compiled import can_compile
+    from dendrite.engine.kernels.few_rows import Cut
+
+    if not can_compile(device):
+        pytest.skip("the kernel is made for a Hopper with cuda-bindings, this is another device")
+    register_attention()
+    config = tiny_config(family, num_hidden_layers=2, hidden_size=128, intermediate_size=192)
+    found = []
+    for is_cut in (False, True):
+        model = tiny_model(copy.deepcopy(config), device=device, dtype=torch.bfloat16)
+        spec = spec_of(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        assert fused(model)
+        for layer in model.get_decoder().layers:
+            for projection in layer.projections:
+                cut = Cut(1, 1, 3, num_splits=1 if projection.is_gated else 2)
+                projection.tiling, projection.cuts = None, dict.fromkeys(range(1, 9), cut) if is_cut else {}
+        memory = 801 * spec.bytes_per_token
+        runner = TorchRunner(model, spec, kv_memory=memory, block_size=4, attention=ReferenceAttention)
+        tree = PackedTree(runner, random.Random(3), depth=1)
+        tree.run(19)
+        found.append(torch.cat([hidden.float() for _, hidden in tree.paths()]))
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+
+
 def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:
     """Of the layers' parameters none is left: their weights live in the merged ones alone."""
     model = tiny_model(EXACT["qwen3"](), device=device)
