@@ -181,15 +181,15 @@ def _spans(slots: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def expected(case: Case, layer: int, scale: float) -> Tensor:
-    """Attention by its definition, float64: [num_rows, num_heads, head_dim]."""
+    """Attention by its definition, float64, wherever the pool is: [num_rows, num_heads, head_dim], on the CPU."""
     group = case.spec.num_heads // case.spec.num_kv_heads
     rows = []
-    pool = case.pool.data[layer].cpu().double()
-    for query, slots in zip(case.query.cpu().double(), case.row_slots, strict=True):
+    pool = case.pool.data[layer].double()
+    for query, slots in zip(case.query.double(), case.row_slots, strict=True):
         keys, values = pool[:, :, slots].repeat_interleave(group, dim=1)
         weights = torch.softmax(torch.einsum("hd,hkd->hk", query, keys) * scale, dim=-1)
         rows.append(torch.einsum("hk,hkd->hd", weights, values))
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def assert_conforms(backend: Callable[[KVPool, ModelSpec], AttentionBackend], case: Case, tolerance: float) -> None:
