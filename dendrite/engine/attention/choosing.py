@@ -118,7 +118,10 @@ def device_attention(
         return tree
     make = partial(FlashInferAttention, pool, spec)
     try:
-        return chosen_from(tree, make, captured_rows=captured_rows, folder=folder, say=say, seconds=seconds_on_device)
+        with torch.cuda.device(pool.data.device):  # kernels and events go where the thread is, not where tensors are
+            return chosen_from(
+                tree, make, captured_rows=captured_rows, folder=folder, say=say, seconds=seconds_on_device
+            )
     except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, and none of them is worth a load
         warnings.warn(
             f"FlashInfer is installed but not used, attention runs on Dendrite's own kernels: "

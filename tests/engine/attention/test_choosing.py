@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -251,6 +252,7 @@ def test_a_compiler_that_fails_costs_no_load(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(choosing, "find_spec", lambda _: True)
     monkeypatch.setattr(choosing, "why_unsupported", lambda *_: None)
     monkeypatch.setattr(choosing, "chosen_from", fail)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with pytest.warns(UserWarning, match=r"RuntimeError: Ninja build failed$"):
         assert isinstance(make_device_attention(tmp_path), TritonTreeAttention)
 
