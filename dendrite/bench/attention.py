@@ -1,4 +1,4 @@
-"""`dendrite bench attention`: attention alone, one layer of decoding rows over trees of many shapes.
+"""`dendrite bench attention`: attention alone, one layer of decoding rows over trees of many shapes, and of prompts.
 
 On a GPU the kernels are replayed in a CUDA graph and timed with events, beside FlashInfer's where it is installed. A
 figure stands beside its floor: the larger of the K/V's bytes, each read once, at the device's bandwidth, and the
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dendrite.bench.attention_trees import BLOCK_SIZE, Tree, trees
+from dendrite.bench.attention_trees import BLOCK_SIZE, Tree, prompts, trees
 from dendrite.bench.figures import Figure, Result, figure
 from dendrite.bench.flashinfer_rivals import rivals
 from dendrite.bench.floors import Rates, rates_of
@@ -52,6 +52,10 @@ class AttentionSettings:
     branches: tuple[int, ...] = (8, 32, 64, 128)
     leaf: int = 64
     """Keys of its own that a branch of a star has."""
+    chunk: int = 4096
+    """Rows of a prompt's chunk, on a GPU only: a processor would compute for minutes. 0 leaves prompts out."""
+    befores: tuple[int, ...] = (0, 4096, 28672)
+    """Keys before the chunk."""
     num_rounds: int = 7
     """Samples of each tree."""
 
@@ -86,8 +90,10 @@ def floor_ms(tree: Tree, spec: ModelSpec, rates: Rates | None) -> float | None:
 
 def _figures(settings: AttentionSettings, rates: Rates | None, progress: Progress) -> tuple[list[Figure], list[str]]:
     spec = _spec(settings.shape)
-    all_trees = list(trees(settings.prefixes, settings.branches, settings.leaf))
     device = torch.device(settings.device_type)
+    all_trees = list(trees(settings.prefixes, settings.branches, settings.leaf))
+    if device.type == "cuda" and settings.chunk:
+        all_trees += prompts(settings.chunk, settings.befores)
     num_blocks = max(tree.num_blocks for tree in all_trees)
     pool = KVPool(spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=device)
     pool.data.normal_()

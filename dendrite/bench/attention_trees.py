@@ -1,4 +1,4 @@
-"""Trees for the attention benchmark: every leaf decodes one row over the keys on its path.
+"""Trees for the attention benchmark: every leaf decodes one row over the keys on its path; and chunks of prompts.
 
 Inner nodes lie in adjacent blocks, as a prefix does that was computed at once; leaves have theirs in turn, as branches
 do that grow side by side.
@@ -41,7 +41,14 @@ class Tree:
     @property
     def num_pairs(self) -> int:
         """Sum over the rows of the keys that they read."""
-        return sum(segment.num_keys * (segment.row_end - segment.row_start) for segment in self.plan.segments)
+        whole = sum(segment.num_keys * (segment.row_end - segment.row_start) for segment in self.plan.segments)
+        hidden = sum(segment.causal_rows * (segment.causal_rows - 1) // 2 for segment in self.plan.segments)
+        return whole - hidden
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether rows attend to each other."""
+        return any(segment.causal_rows for segment in self.plan.segments)
 
     def row_blocks(self, row: int) -> list[int]:
         """The blocks of a row's path, all of them full: what a kernel is given that knows no trees."""
@@ -73,6 +80,17 @@ def trees(prefixes: Sequence[int], branches: Sequence[int], leaf: int) -> Iterat
     yield planned(f"ragged: {width} of 1 to {4 * leaf} over {prefix:,}", star(prefix, ragged))
     long = [max(leaf, prefix // 4), *[leaf] * (width - 1)]
     yield planned(f"unbalanced: one of {long[0]:,} beside {width - 1} × {leaf}", star(prefix, long))
+
+
+def prompts(chunk: int, befores: Sequence[int]) -> Iterator[Tree]:
+    """A prompt's chunk of so many rows behind each of these numbers of keys; both are rounded up to whole blocks."""
+    num_rows = -(-chunk // BLOCK_SIZE) * BLOCK_SIZE
+    for before in befores:
+        first, last = BLOCK_SIZE, BLOCK_SIZE * (1 + -(-before // BLOCK_SIZE))
+        shared = (Segment(((first, last),), last - first, 0, num_rows),) if before else ()
+        own = Segment(((last, last + num_rows),), num_rows, 0, num_rows, num_rows)
+        plan = Plan(num_rows, (*shared, own))
+        yield Tree(f"prompt: {num_rows:,} rows after {before:,} keys", plan, (last + num_rows) // BLOCK_SIZE - 1)
 
 
 def star(prefix: int, leaves: Sequence[int]) -> Node:

@@ -1,6 +1,7 @@
-"""FlashInfer's paged attention over the same trees, as it is made for them: flat decode, and its cascade over stars.
+"""FlashInfer's paged attention over the same trees: flat decode, its cascade over stars, its prefill over prompts.
 
-Both read their K/V from pools in their own layout, with random contents: only their time is looked at.
+Decode and cascade read their K/V from pools in their own layout, with random contents: only their time is looked at.
+Prefill is what the engine may run, over views of our pool.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from dendrite.bench.attention_trees import BLOCK_SIZE, Tree
+from dendrite.engine.attention.flashinfer import FlashInferAttention, Kernels
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.spec import ModelSpec
 
 Make = Callable[[Tree, Tensor], Callable[[], Tensor] | None]
 """Plans a tree for a query [num_rows, num_heads, head_dim]: what runs it, None if the kernel cannot."""
 WORKSPACE_BYTES = 512 << 20
+HOPPER = (9, 0)
+"""The compute capability that FlashInfer's fa3 kernels are made for."""
 
 
 def rivals(pool: KVPool, spec: ModelSpec) -> tuple[dict[str, Make], list[str]]:
@@ -26,7 +30,11 @@ def rivals(pool: KVPool, spec: ModelSpec) -> tuple[dict[str, Make], list[str]]:
         return {}, ["FlashInfer is not installed, so nothing stands beside (pip install flashinfer-python)"]
     layer = pool.layers[0]  # [2, num_kv_heads, num_slots, head_dim]
     pages = layer.unflatten(2, (-1, BLOCK_SIZE)).permute(2, 0, 3, 1, 4).contiguous()
-    return {"flashinfer flat": _Flat(pages, spec), "flashinfer cascade": _Cascade(pages, spec)}, []
+    made: dict[str, Make] = {"flashinfer flat": _Flat(pages, spec), "flashinfer cascade": _Cascade(pages, spec)}
+    made["flashinfer fa2"] = _Prefill(pool, spec, "fa2")
+    if torch.cuda.get_device_capability() == HOPPER:
+        made["flashinfer fa3"] = _Prefill(pool, spec, "fa3")
+    return made, []
 
 
 class _Flat:
@@ -35,7 +43,9 @@ class _Flat:
     def __init__(self, pages: Tensor, spec: ModelSpec) -> None:
         self._pages, self._spec = pages, spec  # [num_blocks, 2, BLOCK_SIZE, num_kv_heads, head_dim]
 
-    def __call__(self, tree: Tree, query: Tensor) -> Callable[[], Tensor]:
+    def __call__(self, tree: Tree, query: Tensor) -> Callable[[], Tensor] | None:
+        if tree.is_prompt:
+            return None
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper  # noqa: PLC0415, there on some machines only
 
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
@@ -65,7 +75,7 @@ class _Cascade:
     def __call__(self, tree: Tree, query: Tensor) -> Callable[[], Tensor] | None:
         shared, *own = tree.plan.segments
         num_rows = tree.plan.num_rows
-        if len(own) != num_rows:
+        if len(own) != num_rows or tree.is_prompt:
             return None
         from flashinfer import MultiLevelCascadeAttentionWrapper  # noqa: PLC0415, there on some machines only
 
@@ -92,6 +102,20 @@ class _Cascade:
             q_data_type=query.dtype,
         )
         return lambda: wrapper.run(query, self._pages)
+
+
+class _Prefill:
+    """Batch prefill of one request."""
+
+    def __init__(self, pool: KVPool, spec: ModelSpec, kernels: Kernels) -> None:
+        self._pool, self._spec, self._kernels = pool, spec, kernels
+
+    def __call__(self, tree: Tree, query: Tensor) -> Callable[[], Tensor] | None:
+        if not tree.is_prompt:
+            return None
+        backend = FlashInferAttention(self._pool, self._spec, kernels=self._kernels)
+        backend.prepare(tree.plan)
+        return lambda: backend.run(0, query, 0.1)
 
 
 def _indptr(counts: list[int]) -> Tensor:

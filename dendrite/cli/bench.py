@@ -103,11 +103,12 @@ def attention(
     prefix: Annotated[str, typer.Option(help="Lengths of shared prefixes, with commas.")] = "1024,8192,32768",
     branches: Annotated[str, typer.Option(help="Numbers of branches, with commas.")] = "8,32,64,128",
     leaf: Annotated[int, typer.Option(min=1, help="Tokens of its own that a branch has.")] = 64,
+    chunk: Annotated[int, typer.Option(min=0, help="Rows of prompts' chunks, on a GPU; 0 leaves them out.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each tree.")] = 7,
     json_file: JsonFile = None,
     markdown: Markdown = False,
 ) -> None:
-    """Time the attention of one layer over trees of many shapes; on a GPU beside FlashInfer's."""
+    """Time the attention of one layer over trees of many shapes; on a GPU over prompts too, beside FlashInfer's."""
     from dendrite.bench.attention import AttentionSettings, bench_attention
     from dendrite.bench.subject import Subject
 
@@ -118,6 +119,7 @@ def attention(
             prefixes=_prefixes(prefix),
             branches=_prefixes(branches),
             leaf=leaf,
+            chunk=chunk,
             num_rounds=rounds,
         )
         with progress_line() as progress:

@@ -35,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which rows read which keys in one step. The segments of one row, together, are its whole path to itself."""
+    """Which rows read which keys in one step. The segments of one row, root first, are its whole path to itself."""
 
     num_rows: int
     segments: tuple[Segment, ...]

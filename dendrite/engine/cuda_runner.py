@@ -8,7 +8,7 @@ A step too large for a graph (prefill) is launched kernel by kernel over the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -36,7 +36,15 @@ class CudaRunner(TorchRunner):
     look_ahead = 1
     prefill_chunk = 4096
 
-    def __init__(self, model: PreTrainedModel, spec: ModelSpec, *, kv_memory: int | None, block_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        *,
+        kv_memory: int | None,
+        block_size: int,
+        attention: Callable[[KVPool, ModelSpec], AttentionBackend] = TritonTreeAttention,
+    ) -> None:
         """Take a model that is on the device already; see `TorchRunner`.
 
         Raises:
@@ -50,7 +58,7 @@ class CudaRunner(TorchRunner):
                 spec,
                 kv_memory=kv_memory,
                 block_size=block_size,
-                attention=TritonTreeAttention,
+                attention=attention,
             )
             self._inputs = torch.zeros((4, MAX_ROWS), dtype=torch.int64, device=self.device)
             self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=self.device)

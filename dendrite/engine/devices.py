@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from importlib.util import find_spec
 
 from transformers import PreTrainedModel
@@ -13,8 +14,11 @@ from dendrite.engine.attention.ordered import OrderedAttention
 from dendrite.engine.attention.reference import ReferenceAttention
 from dendrite.engine.config import EngineConfig
 from dendrite.engine.errors import RequestError
+from dendrite.engine.graphs import MAX_ROWS
 from dendrite.engine.head import Head
 from dendrite.engine.passes.families import is_recognised
+from dendrite.engine.progress import ConsoleReport
+from dendrite.engine.registry import cache_folder
 from dendrite.engine.runner import Runner, TorchRunner
 from dendrite.engine.spec import ModelSpec
 
@@ -35,10 +39,22 @@ def runner_and_head(model: PreTrainedModel, spec: ModelSpec, config: EngineConfi
     if model.device.type == "cuda":
         reason = _why_no_kernels(spec)
         if reason is None:
+            from dendrite.engine.attention.choosing import device_attention  # noqa: PLC0415 - needs Triton
             from dendrite.engine.cuda_runner import CudaRunner  # noqa: PLC0415 - needs Triton
             from dendrite.engine.device_head import DeviceHead  # noqa: PLC0415 - needs Triton
 
-            device_runner = CudaRunner(model, spec, kv_memory=config.kv_memory, block_size=config.block_size)
+            device_runner = CudaRunner(
+                model,
+                spec,
+                kv_memory=config.kv_memory,
+                block_size=config.block_size,
+                attention=partial(
+                    device_attention,
+                    captured_rows=MAX_ROWS,
+                    folder=cache_folder() / "attention",
+                    say=ConsoleReport().say,
+                ),
+            )
             return device_runner, DeviceHead(device_runner)
         warnings.warn(f"{spec.name} runs on {model.device} without Dendrite's kernels: {reason}", stacklevel=3)
     attention: type[AttentionBackend] = TreeAttention if model.device.type == "cpu" else ReferenceAttention

@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dendrite.bench.attention import AttentionSettings, bench_attention, floor_ms
-from dendrite.bench.attention_trees import BLOCK_SIZE, planned, star, trees
+from dendrite.bench.attention_trees import BLOCK_SIZE, planned, prompts, star, trees
 from dendrite.bench.floors import Rates
 from dendrite.cli.main import app
+from dendrite.engine.attention.page_tables import requests_of
 from dendrite.engine.spec import ModelSpec
 
 
@@ -34,6 +35,18 @@ def test_leaves_lie_in_turns() -> None:
     assert tree.row_blocks(0) == [1, 2, 3, 5, 7]
     assert tree.row_blocks(1) == [1, 2, 4, 6]
     assert tree.plan.segments[0].spans == ((16, 48),)
+
+
+def test_prompts_are_chunks_behind_what_was_computed() -> None:
+    """Each row reads what comes before the chunk, and the chunk up to itself."""
+    alone, behind = prompts(40, (0, 100))
+    assert alone.plan.num_rows == behind.plan.num_rows == 48
+    assert alone.num_pairs == 48 * 49 // 2
+    assert behind.num_pairs == 48 * 112 + 48 * 49 // 2
+    assert behind.num_keys == behind.num_blocks * BLOCK_SIZE == 160
+    assert alone.is_prompt
+    assert not planned("two", star(32, [40, 20])).is_prompt
+    assert [request.num_keys for request in requests_of(behind.plan, BLOCK_SIZE)] == [160]
 
 
 def test_floor_is_bytes_or_products() -> None:
@@ -64,8 +77,8 @@ def test_the_command_measures_every_tree(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_is_measured_in_graphs() -> None:
     """The kernels are captured and replayed, beside FlashInfer's where it is installed."""
-    settings = AttentionSettings("8b", "cuda", prefixes=(256,), branches=(4,), num_rounds=2)
+    settings = AttentionSettings("8b", "cuda", prefixes=(256,), branches=(4,), chunk=512, befores=(0, 64), num_rounds=2)
     result = bench_attention(settings, progress=lambda _: None)
     ours = [found for found in result.figures if found.engine == "dendrite" and found.name == "attention"]
-    assert len(ours) == 6
+    assert len(ours) == 8
     assert all(found.median > 0 for found in ours)

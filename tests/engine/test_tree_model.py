@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from dendrite.engine.archive import Archive
-from dendrite.engine.batch import Segment
+from dendrite.engine.attention.page_tables import requests_of
+from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
@@ -179,7 +180,9 @@ class TreeMachine(RuleBasedStateMachine):
         for token, slot in zip(batch.token_ids, batch.slots, strict=True):
             if slot:
                 self.memory[slot] = token
-        self.check_reads([run for run, _, _ in step.runs], batch.plan.segments)
+        runs = [run for run, _, _ in step.runs]
+        self.check_reads(runs, batch.plan.segments)
+        self.check_page_tables(runs, batch.plan)
         for run, epoch, _ in step.runs:
             assert run.node.epoch == epoch
             if run.is_kept:
@@ -201,6 +204,19 @@ class TreeMachine(RuleBasedStateMachine):
                 probe = Tip(run.node, offset + 1)
                 assert read == self.tree.token_ids(probe)
                 row += 1
+
+    def check_page_tables(self, runs: list[Run], plan: Plan) -> None:
+        """The same through whole blocks: pages hold the path of their request's last row, from its beginning."""
+        size, ends = self.tree.pool.block_size, {}
+        row = 0
+        for run in runs:
+            row += run.num_rows
+            ends[row] = Tip(run.node, run.end)
+        for request in requests_of(plan, size):
+            read = [token for page in request.pages.tolist() for token in self.memory[page * size : (page + 1) * size]]
+            probe = ends.get(request.row_start + request.num_rows)
+            assert probe is not None, "a request ends within a run"
+            assert read[: request.num_keys] == self.tree.token_ids(probe)
 
     @invariant()
     def agrees(self) -> None:

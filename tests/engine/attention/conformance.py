@@ -87,10 +87,15 @@ def make_case(
     block_size: int = 4,
     dtype: str = "float32",
     is_scattered: bool = False,
+    is_aligned: bool = False,
     device: str = "cpu",
 ) -> Case:
-    """Place a tree into a pool, contiguous or scattered block by block, and plan it."""
-    layout = _Layout(rng, block_size, is_scattered=is_scattered)
+    """Place a tree into a pool, contiguous or scattered block by block, and plan it.
+
+    An aligned tree lies in its blocks as the engine's does: a key at its position's offset, behind a copy of what comes
+    before it in the block, or in the block that its parent ended in. Otherwise nodes begin anywhere in a block.
+    """
+    layout = _Layout(rng, block_size, is_scattered=is_scattered, is_aligned=is_aligned)
     layout.place(tree, [])
     spec = ModelSpec("case", 2, num_heads, num_kv_heads, head_dim, num_heads * head_dim, 8, 1 << 20, dtype)
     num_blocks = max(layout.last_block, 1)
@@ -100,6 +105,8 @@ def make_case(
     used = torch.tensor(sorted({slot for slots in layout.row_slots for slot in slots}))
     shape = (*pool.data.shape[:3], len(used), head_dim)
     pool.data[:, :, :, used] = torch.randn(shape, generator=generator).to(pool.data)
+    for source, target in layout.copies:
+        pool.data[:, :, :, target] = pool.data[:, :, :, source]
     query = torch.randn((len(layout.row_slots), num_heads, head_dim), generator=generator).to(pool.data)
     return Case(pool, spec, Plan(len(layout.row_slots), tuple(layout.segments)), layout.row_slots, query)
 
@@ -107,16 +114,20 @@ def make_case(
 class _Layout:
     """Gives every node blocks of its own and cuts it into segments."""
 
-    def __init__(self, rng: random.Random, block_size: int, *, is_scattered: bool) -> None:
+    def __init__(self, rng: random.Random, block_size: int, *, is_scattered: bool, is_aligned: bool) -> None:
         self._rng = rng
         self._block_size = block_size
         self._gap = 2 if is_scattered else 0
+        self._is_aligned = is_aligned
+        self._written: dict[int, int] = {}  # block -> slots of it that have a writer
         self.last_block = 0
         self.segments: list[Segment] = []
         self.row_slots: list[list[int]] = []
+        self.copies: list[tuple[int, int]] = []
+        """Slots to copy, in this order: (source, target)."""
 
     def place(self, node: Node, path: list[int]) -> None:
-        slots = self._slots(node.num_keys)
+        slots = self._aligned_slots(node.num_keys, path) if self._is_aligned else self._slots(node.num_keys)
         row_start, index = len(self.row_slots), len(self.segments)
         for key in range(node.num_keys - node.num_rows, node.num_keys):
             self.row_slots.append([*path, *slots[: key + 1]])
@@ -136,6 +147,28 @@ class _Layout:
             slots.append(self.last_block * self._block_size + key % self._block_size)
         return slots
 
+    def _aligned_slots(self, num_keys: int, path: list[int]) -> list[int]:
+        """Slots as `KVTree.place` gives them: the first child goes on in its parent's block, others copy it."""
+        size, slots = self._block_size, []
+        block = path[-1] // size if path else 0
+        if len(path) % size and self._written[block] != len(path) % size:
+            block = self._new_block()
+            lead = self._whole_tail(path)
+            self.copies += zip(lead, range(block * size, block * size + len(lead)), strict=True)
+        for position in range(len(path), len(path) + num_keys):
+            block = block if position % size else self._new_block()
+            self._written[block] = position % size + 1
+            slots.append(block * size + position % size)
+        return slots
+
+    def _whole_tail(self, path: list[int]) -> list[int]:
+        """The slots from the beginning of the path's last block to its last key: it is whole, whoever wrote it."""
+        return list(range(path[-1] // self._block_size * self._block_size, path[-1] + 1))
+
+    def _new_block(self) -> int:
+        self.last_block += 1 + self._rng.randint(0, self._gap)
+        return self.last_block
+
 
 def _spans(slots: list[int]) -> tuple[tuple[int, int], ...]:
     spans: list[tuple[int, int]] = []
@@ -148,15 +181,15 @@ def _spans(slots: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def expected(case: Case, layer: int, scale: float) -> Tensor:
-    """Attention by its definition, float64: [num_rows, num_heads, head_dim]."""
+    """Attention by its definition, float64, wherever the pool is: [num_rows, num_heads, head_dim], on the CPU."""
     group = case.spec.num_heads // case.spec.num_kv_heads
     rows = []
-    pool = case.pool.data[layer].cpu().double()
-    for query, slots in zip(case.query.cpu().double(), case.row_slots, strict=True):
+    pool = case.pool.data[layer].double()
+    for query, slots in zip(case.query.double(), case.row_slots, strict=True):
         keys, values = pool[:, :, slots].repeat_interleave(group, dim=1)
         weights = torch.softmax(torch.einsum("hd,hkd->hk", query, keys) * scale, dim=-1)
         rows.append(torch.einsum("hk,hkd->hd", weights, values))
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def assert_conforms(backend: Callable[[KVPool, ModelSpec], AttentionBackend], case: Case, tolerance: float) -> None:
