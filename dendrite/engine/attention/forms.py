@@ -33,13 +33,11 @@ WIDE = KernelConfig(64, 64, num_warps=4, num_stages=3, programs_per_processor=2)
 SHORT = KernelConfig(64, 32, num_warps=4, num_stages=4, programs_per_processor=2, min_share=4)
 """Few rows: shorter blocks are there sooner, and more of them are on their way."""
 APART = KernelConfig(16, 64, num_warps=4, num_stages=3, programs_per_processor=2)
-"""Rows that share little: a tile of more of them would multiply mostly what it then masks."""
+"""Rows that share little, or so few that they fill no larger tile: it would multiply mostly what it then masks."""
 FULL_PRECISION = KernelConfig(32, 32, num_warps=4, num_stages=2, programs_per_processor=2, use_tiles=False)
 
 MAX_APART = 24
 """Lanes, rows times group, that read a key on average, at most, for rows to count as apart."""
-FEW_ROWS = 4
-"""So few rows are never apart: there is too little to share out."""
 
 
 def forms_for(dtype: str, group: int) -> tuple[KernelConfig, ...]:
@@ -53,10 +51,12 @@ def form_for(plan: Plan, forms: tuple[KernelConfig, ...], group: int) -> int:
     """Which of the forms is the fastest for a step: its index."""
     if len(forms) == 1:
         return 0
+    if APART in forms and plan.num_rows * group <= APART.block_m:
+        return forms.index(APART)
     num_keys = num_reads = 0
     for segment in plan.segments:
         num_keys += segment.num_keys
         num_reads += segment.num_keys * (segment.row_end - segment.row_start)
-    if APART in forms and plan.num_rows > FEW_ROWS and num_reads * group <= MAX_APART * num_keys:
+    if APART in forms and num_reads * group <= MAX_APART * num_keys:
         return forms.index(APART)
     return forms.index(SHORT if plan.num_rows * group <= SHORT.block_m else WIDE)

@@ -1,6 +1,6 @@
 """Chooses, by measuring, how products over a few rows are cut, or that they go through the BLAS.
 
-As `tuning`, which is about one row, it runs when a model is loaded, over the model's own weights. Each product is
+As `tuning`, which comes after it, it runs when a model is loaded, over the model's own weights. Each product is
 measured alone: what stands beside it is the same either way. Rows up to 64 make eight kernels a product, one for each
 number of tiles of 8 rows; a few of them are measured, and the others are cut like the next larger one.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dendrite.engine.kernels.compiled import MAX_SHARED_BYTES
 from dendrite.engine.kernels.few_rows import BLOCK, Cut, prepare, row_tiles
-from dendrite.engine.passes.stream import Projection
+from dendrite.engine.passes.stream import LONE_ROW, Projection
 from dendrite.engine.passes.tuning import MARGIN, is_close
 
 SPLIT_CUTS = (
@@ -56,6 +56,8 @@ def cut_products(layers: Sequence[Products], measure: Callable[[Callable[[], obj
         for fewer, num_rows in pairwise((0, *MEASURED_ROWS)):
             if (cut := _fastest(same[:MAX_LAYERS], num_rows, ways, measure)) is not None:
                 cuts |= dict.fromkeys(range(row_tiles(fewer) + 1, row_tiles(num_rows) + 1), cut)
+        if 1 in cuts:
+            cuts[LONE_ROW] = cuts[1]
         for projection in same:
             projection.cuts = cuts
 

@@ -22,6 +22,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
 from dendrite.engine.kernels.compiled import can_compile
+from dendrite.engine.kernels.norm import add_rms_norm
 from dendrite.engine.kernels.rotary import rotate_and_keep
 from dendrite.engine.passes.cutting import cut_products
 from dendrite.engine.passes.families import is_recognised, take_layers
@@ -43,9 +44,9 @@ def make_fused(model: PreTrainedModel) -> None:
     decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
     if model.device.type == "cuda":
         layers = list(decoder.layers)
-        tune(layers, decoder.config.hidden_size, seconds_on_device)
         if can_compile(model.device):
             cut_products([layer.projections for layer in layers], seconds_on_device)
+        tune(layers, decoder.config.hidden_size, seconds_on_device)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ class FusedLayer(nn.Module):
         return self._qkv, self._out, self._gate_up, self._down
 
     def run_products(self, stream: Stream) -> None:
-        """All but the attention, whose output is taken to be the unrotated queries; for measuring."""
+        """All but the attention, for measuring: a norm of the queries stands for its output, and for the rotation."""
         qkv = self._qkv.of_normed(stream, self._input_norm)
-        self._out.add_to(stream, qkv[:, : self._out.weight.shape[1]].contiguous())
+        num_rows, width = qkv.shape[-2:]
+        nothing, ones = stream.residual.new_zeros((num_rows, width)), stream.residual.new_ones(width)
+        attended = add_rms_norm(nothing, qkv, ones, 1.0)
+        self._out.add_to(stream, attended[:, : self._out.weight.shape[1]].contiguous())
         self._down.add_to(stream, self._gate_up.of_normed(stream, self._mlp_norm))
 
     def _attend(self, qkv: Tensor, rotation: _Rotation, step: AttentionStep) -> Tensor:

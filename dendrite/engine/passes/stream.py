@@ -16,6 +16,9 @@ from dendrite.engine.kernels.linear import Fusion, Tiling, one_row_linear
 from dendrite.engine.kernels.norm import add_rms_norm
 from dendrite.engine.passes.linear import biases_of
 
+LONE_ROW = 0
+"""Among a projection's cuts, that of one row."""
+
 
 @dataclass
 class Stream:
@@ -44,9 +47,8 @@ class Norm:
 class Projection:
     """Linear layers over one input as one product: `x @ weight.T + bias`, their outputs side by side.
 
-    Where it has a tiling, one row goes through a kernel that also does what stands beside the product; where it has a
-    cut for them, a few rows go through a kernel for few rows. All else goes through the BLAS. Whatever a product leaves
-    to do has a kernel of its own.
+    Where it has a cut for them, a few rows go through a kernel for few rows; where it has a tiling, one row goes through
+    a kernel that also does what stands beside it. All else goes through the BLAS, and has a kernel each for the rest.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], *, is_gated: bool = False) -> None:
@@ -59,7 +61,7 @@ class Projection:
         self.tiling: Tiling | None = None
         """How to cut it for one row."""
         self.cuts: dict[int, Cut] = {}
-        """How to cut it for more, by the number of tiles of rows."""
+        """How to cut it for a few rows, by their number of tiles or `LONE_ROW`; all layers have the same."""
 
     def of_normed(self, stream: Stream, norm: Norm) -> Tensor:
         """The product over the normed stream, of a gate and an up projection `silu(gate) * up`.
@@ -84,7 +86,7 @@ class Projection:
 
     def product(self, x: Tensor) -> Tensor:
         """The product over x [num_rows, depth] by itself; see `of_normed`."""
-        cut = self.cuts.get(row_tiles(len(x))) if len(x) > 1 else None
+        cut = self.cuts.get(row_tiles(len(x)) if len(x) > 1 else LONE_ROW)
         if cut is None:
             product = F.linear(x, self.weight, self.bias)
             return silu_mul(product) if self.is_gated else product

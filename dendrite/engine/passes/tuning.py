@@ -1,17 +1,19 @@
-"""Chooses, by measuring, what a lone row's products go through: the BLAS or a kernel of our own, each for itself.
+"""Chooses, by measuring, what a lone row's products go through: as few rows do, or a kernel of its own.
 
-    q|k|v    BLAS ── tiling ── tiling ── ...      the products, norms and activations of all layers as one graph;
-    out      BLAS ── tiling ── tiling ── ...      what makes it faster is kept before the next product is looked at
+    q|k|v    as few rows ── tiling ── tiling ── ...      the products, norms and activations of all layers as one graph;
+    out      as few rows ── tiling ── tiling ── ...      what makes it faster is kept before the next one is looked at
     ...
 
-It runs when a model is loaded, over the model's own weights, so that no cache holds them; nothing is kept for the next
-load but the kernels, which Triton keeps. What computes something else than the BLAS is never chosen.
+A few rows go through the BLAS or through cuts (`cutting`). It runs when a model is loaded, over the model's own
+weights, so that no cache holds them; nothing is kept for the next load but the kernels, which Triton keeps. What
+computes something else is never chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from dendrite.engine.kernels.linear import Tiling
-from dendrite.engine.passes.stream import Projection, Stream
+from dendrite.engine.passes.stream import LONE_ROW, Projection, Stream
 
 TILINGS = (Tiling(2, 1024, num_warps=2), Tiling(4, 2048, num_warps=8), Tiling(1, 4096, num_warps=4))
 """Ways to cut a product, the fastest for one of those of an 8B shape on an H200 each."""
@@ -46,7 +48,8 @@ class Layer(Protocol):
 def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[[], object]], float]) -> None:
     """Set each projection's tiling to the fastest, the same in all layers.
 
-    float32 stays with the BLAS, whose sums are the reference.
+    Where products are cut, a lone row is tried with its cuts and without: kernels that norm and add as well pay off
+    together or not at all. float32 stays with the BLAS, whose sums are the reference.
 
     Args:
         layers: all layers of a model.
@@ -58,9 +61,27 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
         return
     given = torch.randn((1, hidden_size), dtype=weight.dtype, device=weight.device)
     expected = _run(layers[:1], given)
+    is_cut = any(projection.cuts for projection in layers[0].projections)
+    found = [_one_by_one(layers, given, expected, measure)]
+    if is_cut:
+        cuts = [projection.cuts.pop(LONE_ROW, None) for projection in layers[0].projections]
+        found.append(_one_by_one(layers, given, expected, measure))
+        if found[0][0] <= found[1][0]:
+            for projection, cut in zip(layers[0].projections, cuts, strict=True):  # all layers have the same dictionary
+                projection.cuts |= {LONE_ROW: cut} if cut is not None else {}
+    for index, tiling in enumerate(min(found, key=itemgetter(0))[1]):
+        _set(layers, index, tiling)
+
+
+def _one_by_one(
+    layers: Sequence[Layer], given: Tensor, expected: Tensor, measure: Callable[[Callable[[], object]], float]
+) -> tuple[float, list[Tiling | None]]:
+    """The seconds of all layers' products with each projection's best tiling, and these."""
+    tilings: list[Tiling | None] = [None] * len(layers[0].projections)
+    for index in range(len(tilings)):
+        _set(layers, index, None)
     shortest = measure(lambda: _run(layers, given))
     for index, projection in enumerate(layers[0].projections):
-        best = None
         for tiling in tilings_for(projection.weight.shape[1]):
             _set(layers, index, tiling)
             try:
@@ -70,8 +91,9 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
             except (TritonError, RuntimeError):  # made for a larger device, or for another version of the compiler
                 continue
             if seconds < MARGIN * shortest:
-                best, shortest = tiling, seconds
-        _set(layers, index, best)
+                tilings[index], shortest = tiling, seconds
+        _set(layers, index, tilings[index])
+    return shortest, tilings
 
 
 def tilings_for(depth: int) -> list[Tiling]:
@@ -88,7 +110,9 @@ def _run(layers: Sequence[Layer], given: Tensor) -> Tensor:
     stream = Stream(given.clone(), None)
     for layer in layers:
         layer.run_products(stream)
-    return stream.residual if stream.delta is None else stream.residual + stream.delta
+    if stream.delta is None:
+        return stream.residual
+    return stream.residual + stream.delta.view(-1, *stream.residual.shape).sum(0).to(stream.residual.dtype)
 
 
 def _set(layers: Sequence[Layer], index: int, tiling: Tiling | None) -> None:

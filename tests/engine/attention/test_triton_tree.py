@@ -155,10 +155,17 @@ def test_what_the_kernels_are_not_made_for(head_dim: int, num_heads: int) -> Non
 
 @pytest.mark.parametrize(
     "rows, trunk, leaf, form",
-    [(64, 8192, 64, WIDE), (8, 8192, 64, SHORT), (64, 16, 288, APART), (1, 256, 1, SHORT), (300, 9, 1, WIDE)],
+    [
+        (64, 8192, 64, WIDE),
+        (8, 8192, 64, SHORT),
+        (64, 16, 288, APART),
+        (1, 256, 1, APART),
+        (4, 8192, 64, APART),
+        (300, 9, 1, WIDE),
+    ],
 )
 def test_the_form_follows_how_much_is_shared(rows: int, trunk: int, leaf: int, form: KernelConfig) -> None:
-    """Many rows over each key, few rows, rows apart."""
+    """Many rows over each key, few rows, rows apart or fewer than fill a tile."""
     leaves = (Segment(((row, row + leaf),), leaf, row, row + 1) for row in range(rows))
     plan = Plan(rows, (Segment(((0, trunk),), trunk, 0, rows), *leaves))
     forms = forms_for("bfloat16", 4)

@@ -65,6 +65,25 @@ def test_the_fastest_is_taken(seconds: tuple[float, ...], taken: tuple[int | Non
     assert [chosen(layer) for layer in layers] == [tuple(None if at is None else ways[at] for at in taken)] * 3
 
 
+@pytest.mark.parametrize("with_cuts, without, is_cut", [(9.0, 10.0, True), (9.0, 8.0, False)])
+def test_a_lone_row_is_cut_only_where_that_is_faster(with_cuts: float, without: float, is_cut: bool) -> None:
+    """Both ways are timed with each one's best tilings; the cuts for more rows stay either way."""
+    from dendrite.engine.kernels.few_rows import Cut
+    from dendrite.engine.passes.stream import LONE_ROW
+    from dendrite.engine.passes.tuning import tilings_for, tune
+
+    layer = TwoProducts(torch.bfloat16)
+    cut = Cut(1, 2, 3)
+    for projection in layer.projections:
+        projection.cuts = {LONE_ROW: cut, 1: cut}
+    slower = [20.0] * 2 * len(tilings_for(WIDTH))
+    tune([layer], WIDTH, stopwatch(with_cuts, *slower, without, *slower))
+    assert [projection.cuts for projection in layer.projections] == [
+        {LONE_ROW: cut, 1: cut} if is_cut else {1: cut}
+    ] * 2
+    assert chosen(layer) == (None, None)
+
+
 @pytest.mark.parametrize("error", [0.5, float("nan"), RuntimeError])
 def test_what_computes_something_else_is_never_taken(error: float | type[Exception]) -> None:
     """Kernels that are off, give NaN or cannot be compiled leave the BLAS in place."""
