@@ -47,8 +47,8 @@ class Norm:
 class Projection:
     """Linear layers over one input as one product: `x @ weight.T + bias`, their outputs side by side.
 
-    Where it has a cut for them, a few rows go through a kernel for few rows; where it has a tiling, one row goes through
-    a kernel that also does what stands beside it. All else goes through the BLAS, and has a kernel each for the rest.
+    Where it has a cut for them, a few rows go through a kernel for few rows; where it has a tiling, one row goes
+    through a kernel that also does what stands beside it. All else goes through the BLAS, and has kernels for the rest.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], *, is_gated: bool = False) -> None:
