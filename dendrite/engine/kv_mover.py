@@ -39,8 +39,7 @@ class PoolMover:
         """Puts the first tokens of a copy into the slots, one each."""
         assert isinstance(saved, Tensor)
         data = self._pool.data
-        where = torch.tensor(slots, dtype=torch.int64, device=data.device)
-        data.index_copy_(3, where, saved[:, :, :, : len(slots)].to(data.device, non_blocking=True))
+        data.index_copy_(3, self._pool.numbers(slots), saved[:, :, :, : len(slots)].to(data.device, non_blocking=True))
 
     def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
         """Copy whole blocks of all layers."""

@@ -65,7 +65,7 @@ class KVPool:
         """Copy whole blocks of all layers, `(source, destination)`; every source is read before anything is written."""
         if not copies:
             return
-        sources, destinations = torch.tensor(copies).T.contiguous().to(self.data.device)
+        sources, destinations = self.numbers([list(side) for side in zip(*copies, strict=True)])
         is_chained = not {source for source, _ in copies}.isdisjoint({destination for _, destination in copies})
         if self.data.is_cuda and not is_chained and find_spec("triton") is not None:
             from dendrite.engine.kernels.blocks import copy_blocks  # noqa: PLC0415 - only GPUs have Triton
@@ -74,6 +74,11 @@ class KVPool:
             return
         blocks = self.data.unflatten(3, (self.num_blocks + 1, self.block_size))
         blocks.index_copy_(3, destinations, blocks.index_select(3, sources))
+
+    def numbers(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Integers on the pool's device, on their way: a copy that is waited for would wait for the step in flight."""
+        pinned = torch.tensor(values, dtype=torch.int64, pin_memory=self.data.is_cuda)
+        return pinned.to(self.data.device, non_blocking=True)
 
     def digests(self, block_ids: Sequence[BlockId]) -> list[int]:
         """A sum over each block's K/V of all layers, modulo 2**64: each word times an odd number of its own.

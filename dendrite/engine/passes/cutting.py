@@ -8,16 +8,16 @@ number of tiles of 8 rows; a few of them are measured, and the others are cut li
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
 from dendrite.engine.kernels.compiled import MAX_SHARED_BYTES
-from dendrite.engine.kernels.few_rows import BLOCK, Cut, prepare, row_tiles
+from dendrite.engine.kernels.few_rows import BLOCK, ROWS, Cut, prepare, row_tiles
 from dendrite.engine.passes.stream import LONE_ROW, Projection
 from dendrite.engine.passes.tuning import MARGIN, is_close
 
@@ -51,11 +51,12 @@ def cut_products(layers: Sequence[Products], measure: Callable[[Callable[[], obj
         return
     for same in zip(*layers, strict=True):
         ways = cuts_for(same[0])
-        _compile(same[0], ways)
+        _compile(same[0], product(MEASURED_ROWS, ways))
         cuts: dict[int, Cut] = {}
         for fewer, num_rows in pairwise((0, *MEASURED_ROWS)):
             if (cut := _fastest(same[:MAX_LAYERS], num_rows, ways, measure)) is not None:
                 cuts |= dict.fromkeys(range(row_tiles(fewer) + 1, row_tiles(num_rows) + 1), cut)
+        _compile(same[0], ((tiles * ROWS, cut) for tiles, cut in cuts.items()))  # now, not in the middle of a search
         if 1 in cuts:
             cuts[LONE_ROW] = cuts[1]
         for projection in same:
@@ -69,17 +70,16 @@ def cuts_for(projection: Projection) -> tuple[Cut, ...]:
     return WHOLE_CUTS if projection.is_gated else SPLIT_CUTS + WHOLE_CUTS[:1]
 
 
-def _compile(projection: Projection, ways: Sequence[Cut]) -> None:
-    """Compile what will be measured, side by side; what does not compile says so when it is launched."""
+def _compile(projection: Projection, ways: Iterable[tuple[int, Cut]]) -> None:
+    """Compile kernels side by side, each for a number of rows; what does not compile says so when it is launched."""
 
     def compile_one(num_rows: int, cut: Cut) -> None:
         with suppress(RuntimeError):
             prepare(num_rows, cut, projection.weight, is_gated=projection.is_gated)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for num_rows in MEASURED_ROWS:
-            for cut in ways:
-                threads.submit(compile_one, num_rows, cut)
+        for num_rows, cut in ways:
+            threads.submit(compile_one, num_rows, cut)
 
 
 def _fastest(
@@ -114,4 +114,4 @@ def _cut(same: Products, num_rows: int, cut: Cut, run: Callable[[], list[Tensor]
     """Cut all of them and run them."""
     for projection in same:
         projection.cuts[row_tiles(num_rows)] = cut
-    return [product.sum(0) if product.dim() > 2 else product for product in run()]
+    return [result.sum(0) if result.dim() > 2 else result for result in run()]

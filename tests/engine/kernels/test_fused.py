@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dendrite.engine.attention.interface import ATTENTION_NAME, register_attention
@@ -15,6 +18,9 @@ from dendrite.engine.attention.reference import ReferenceAttention
 from dendrite.engine.runner import TorchRunner
 from tests.engine.packed_tree import PackedTree, plain, spec_of
 from tests.models_zoo import EXACT, LLAMA3_ROPE, tiny_config, tiny_model
+
+if TYPE_CHECKING:  # importing this chooses between the interpreter and the compiler, which conftest does first
+    from dendrite.engine.kernels.few_rows import Cut
 
 FUSED: dict[str, dict[str, object]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
@@ -76,17 +82,37 @@ def test_one_row_through_the_kernel_changes_nothing(device: torch.device) -> Non
         torch.testing.assert_close(hidden.cpu(), plain(reference, tokens)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.gpu
+def linear_in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, *, is_gated: bool = False) -> Tensor:
+    """What the kernel for few rows computes."""
+    result = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if is_gated:
+        gate, up = result.chunk(2, dim=1)
+        result = F.silu(gate) * up
+    return result.to(x.dtype)
+
+
+def sums_in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> Tensor:
+    """The same in parts."""
+    parts = zip(x.float().chunk(cut.num_splits, dim=1), weight.float().chunk(cut.num_splits, dim=1), strict=True)
+    sums = torch.stack([F.linear(*part) for part in parts])
+    sums[0] += bias.float() if bias is not None else 0.0
+    return sums
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_few_rows_through_the_kernel_change_nothing(family: str, device: torch.device) -> None:
+def test_a_few_rows_through_the_kernel_change_nothing(
+    family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all products cut, in parts where they may be, a step's hidden states are those through the BLAS."""
     from dendrite.engine.kernels.compiled import can_compile
     from dendrite.engine.kernels.few_rows import Cut
+    from dendrite.engine.passes import stream
 
-    if not can_compile(device):
-        pytest.skip("the kernel is made for a Hopper with cuda-bindings, this is another device")
+    if not can_compile(device):  # no interpreter runs CUDA C++; what stands around the kernel is tested all the same
+        monkeypatch.setattr(stream, "few_rows_linear", linear_in_pytorch)
+        monkeypatch.setattr(stream, "few_rows_sums", sums_in_pytorch)
     register_attention()
-    config = tiny_config(family, num_hidden_layers=2, hidden_size=128, intermediate_size=192)
+    config = tiny_config(family, num_hidden_layers=2, hidden_size=128, intermediate_size=192, head_dim=32)
     found = []
     for is_cut in (False, True):
         model = tiny_model(copy.deepcopy(config), device=device, dtype=torch.bfloat16)
@@ -96,13 +122,13 @@ def test_a_few_rows_through_the_kernel_change_nothing(family: str, device: torch
         for layer in model.get_decoder().layers:
             for projection in layer.projections:
                 cut = Cut(1, 1, 3, num_splits=1 if projection.is_gated else 2)
-                projection.tiling, projection.cuts = None, dict.fromkeys(range(1, 9), cut) if is_cut else {}
+                projection.tiling, projection.cuts = None, dict.fromkeys(range(9), cut) if is_cut else {}
         memory = 801 * spec.bytes_per_token
         runner = TorchRunner(model, spec, kv_memory=memory, block_size=4, attention=ReferenceAttention)
         tree = PackedTree(runner, random.Random(3), depth=1)
         tree.run(19)
         found.append(torch.cat([hidden.float() for _, hidden in tree.paths()]))
-    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+    assert torch.linalg.vector_norm(found[1] - found[0]) < 0.05 * torch.linalg.vector_norm(found[0])
 
 
 def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:
