@@ -54,7 +54,7 @@ class AttentionSettings:
     """Keys of its own that a branch of a star has."""
     chunk: int = 4096
     """Rows of a prompt's chunk, on a GPU only: a processor would compute for minutes. 0 leaves prompts out."""
-    befores: tuple[int, ...] = (0, 4096, 28672)
+    keys_before: tuple[int, ...] = (0, 4096, 28672)
     """Keys before the chunk."""
     num_rounds: int = 7
     """Samples of each tree."""
@@ -93,7 +93,7 @@ def _figures(settings: AttentionSettings, rates: Rates | None, progress: Progres
     device = torch.device(settings.device_type)
     all_trees = list(trees(settings.prefixes, settings.branches, settings.leaf))
     if device.type == "cuda" and settings.chunk:
-        all_trees += prompts(settings.chunk, settings.befores)
+        all_trees += prompts(settings.chunk, settings.keys_before)
     num_blocks = max(tree.num_blocks for tree in all_trees)
     pool = KVPool(spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=device)
     pool.data.normal_()

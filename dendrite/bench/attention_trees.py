@@ -82,10 +82,10 @@ def trees(prefixes: Sequence[int], branches: Sequence[int], leaf: int) -> Iterat
     yield planned(f"unbalanced: one of {long[0]:,} beside {width - 1} × {leaf}", star(prefix, long))
 
 
-def prompts(chunk: int, befores: Sequence[int]) -> Iterator[Tree]:
+def prompts(chunk: int, keys_before: Sequence[int]) -> Iterator[Tree]:
     """A prompt's chunk of so many rows behind each of these numbers of keys; both are rounded up to whole blocks."""
     num_rows = -(-chunk // BLOCK_SIZE) * BLOCK_SIZE
-    for before in befores:
+    for before in keys_before:
         first, last = BLOCK_SIZE, BLOCK_SIZE * (1 + -(-before // BLOCK_SIZE))
         shared = (Segment(((first, last),), last - first, 0, num_rows),) if before else ()
         own = Segment(((last, last + num_rows),), num_rows, 0, num_rows, num_rows)

@@ -77,7 +77,9 @@ def test_the_command_measures_every_tree(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_is_measured_in_graphs() -> None:
     """The kernels are captured and replayed, beside FlashInfer's where it is installed."""
-    settings = AttentionSettings("8b", "cuda", prefixes=(256,), branches=(4,), chunk=512, befores=(0, 64), num_rounds=2)
+    settings = AttentionSettings(
+        "8b", "cuda", prefixes=(256,), branches=(4,), chunk=512, keys_before=(0, 64), num_rounds=2
+    )
     result = bench_attention(settings, progress=lambda _: None)
     ours = [found for found in result.figures if found.engine == "dendrite" and found.name == "attention"]
     assert len(ours) == 8
