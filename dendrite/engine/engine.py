@@ -389,6 +389,11 @@ class Engine:
     # --- the engine itself -------------------------------------------------------------------------------------
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the engine was closed, died or stayed in the process that this one was forked from."""
+        return self.core.loop.has_ended
+
+    @property
     def blocks_used(self) -> int:
         """K/V blocks in use now; `stats` says more and takes longer."""
         return self.core.blocks_used
@@ -428,6 +433,11 @@ class Engine:
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         await self.aclose()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "an Engine lives in one process and is never copied or pickled: pass its name, or a handle of its branches"
+        )
 
     def __repr__(self) -> str:
         return f"<Engine {self.name} blocks={self.core.describe_blocks()}>"

@@ -166,6 +166,11 @@ class StepLoop:
         self.is_forked = True
         self._end = self._end or EngineForked(FORKED)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `check_open` would raise."""
+        return self._end is not None
+
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
         if self._end is not None:

@@ -22,6 +22,7 @@ from dendrite.engine.engine import Engine
 from dendrite.engine.errors import BranchError, RequestError
 from dendrite.integrations.engines import ENGINES
 from dendrite.integrations.langgraph import TimeTravelSaver, fork_node, generate_node, open_handle
+from dendrite.integrations.langgraph.handles import Snapshot, is_reference, packed_tokens
 from dendrite.testing import scripted_engine
 
 PROMPT = "Count. " * 100
@@ -274,6 +275,21 @@ async def test_handles_are_rebuilt_after_a_restart(engine: Engine, tmp_path: Pat
         assert saver.num_leases
         with open_handle(restarted, again["branches"][0]) as branch:
             assert branch.text.endswith(again["texts"][0])
+
+
+async def test_altered_tokens_are_not_gone_on_from(engine: Engine, saver: TimeTravelSaver) -> None:
+    """A path that is not the one its reference names makes the handle stale; it is never taken for the branch."""
+    graph = ideas_graph(engine, saver)
+    await graph.ainvoke({}, thread("1"))
+    other = packed_tokens(Snapshot("scripted", (1, 2, 3), 0).handle())
+    for data in (other, b"noise", other[:-2]):
+        await asyncio.to_thread(
+            saver._handles._table._database.run, [("UPDATE dendrite_tokens SET tokens=?", [(data,)])]
+        )
+        read = (await graph.aget_state(thread("1"))).values["branches"]
+        assert is_reference(read[0])
+        with pytest.raises(BranchError, match="altered"):
+            open_handle(engine, read[0])
 
 
 async def test_a_cached_nodes_old_handle_is_rebuilt(engine: Engine, saver: TimeTravelSaver) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 from langgraph.types import Send
 
 from dendrite.engine.errors import BranchError
-from dendrite.integrations.langgraph.handles import HANDLE_PREFIX, Reference, Snapshot, is_reference, packed_tokens
+from dendrite.integrations.langgraph.handles import (
+    HANDLE_PREFIX,
+    Reference,
+    Snapshot,
+    is_reference,
+    packed_digest,
+    packed_tokens,
+)
 from dendrite.integrations.langgraph.leases import Leases
 from dendrite.integrations.langgraph.token_table import Place, TokenKey, TokenTable
 
@@ -49,7 +56,7 @@ class StoredHandles:
         return _map_strings(values, lambda text: short.get(text, text))
 
     def whole(self, values: Any) -> Any:  # noqa: ANN401 - as `shortened`
-        """The way back. A handle whose tokens are gone stays short, and opening it says so."""
+        """The way back. A handle whose tokens are gone, or are not those it names, stays short; opening it says so."""
         found: dict[str, Reference] = {}
 
         def collect(text: str) -> str:
@@ -61,7 +68,8 @@ class StoredHandles:
         if not found:
             return values
         keys = {text: TokenKey(reference.model, reference.digest) for text, reference in found.items()}
-        tokens = self._table.read(set(keys.values()))
+        stored = self._table.read(set(keys.values()))
+        tokens = {key: data for key, data in stored.items() if packed_digest(data) == key.digest}
         self._leases.touch(tokens.keys())
         long = {text: found[text].handle(tokens[key]) for text, key in keys.items() if key in tokens}
         return _map_strings(values, lambda text: long.get(text, text))
