@@ -22,6 +22,7 @@ from dendrite.engine.errors import (
     EngineError,
     OutOfBlocks,
     RequestError,
+    SnapshotDamaged,
 )
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.grammars import Grammars, Guide
@@ -238,6 +239,8 @@ class Core:
         """The branches of a file, which are the engine's again."""
         snapshot = read_snapshot(path, self._fingerprint)
         self._check_length(snapshot.length)
+        if any(not 0 <= token < self.spec.vocab_size for node in snapshot.nodes for token in node.token_ids):
+            raise SnapshotDamaged(f"{path} was not written by this package: it has tokens that the model has not")
         with self._lock:
             self.loop.check_open()
             self.loop.release_collected()

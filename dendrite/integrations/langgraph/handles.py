@@ -63,8 +63,8 @@ class Snapshot:
         body, _, check = str(handle).rpartition(":")
         if is_reference(handle):
             raise BranchError(
-                "the handle is stale: it is of a checkpoint that a TimeTravelSaver wrote, and its tokens are not here, or "
-                "were altered. Read the checkpoint through that saver; if its thread was deleted, start a new branch"
+                "the handle is stale: it is of a checkpoint that a TimeTravelSaver wrote, and its tokens are not here, "
+                "or were altered. Read the checkpoint through that saver; if its thread was deleted, start a new branch"
             )
         if not body.startswith(HANDLE_PREFIX) or check != _digest(body.encode(), _CHECK_BYTES):
             raise BranchError(f"{str(handle)[:40]!r} is no handle of a branch, or was changed: take one of handle_of()")
