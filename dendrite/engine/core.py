@@ -144,11 +144,13 @@ class Core:
         return self._prefixes.read(path)
 
     def keep_prefix(self, record: BranchRecord) -> None:
-        """Writes a computed branch to the folder of prefixes."""
+        """Writes a computed branch to the folder of prefixes, unless all of it is there."""
         assert self._prefixes is not None
+        tokens = self.token_ids(record)
+        if self._prefixes.longest(tokens)[1] == len(tokens):
+            return
         with self._lock:
             snapshot = self._archive.capture([(record, None, None)], kv=True)
-            tokens = self._tree.token_ids(record.tip)
         self._prefixes.write(flattened(snapshot), tokens)
 
     def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:

@@ -203,7 +203,7 @@ class Engine:
             token_ids: as for `root`.
 
         Returns:
-            The tokens that had to be computed: 0 if the folder has all of it.
+            The tokens that had to be computed: 0 if the engine or the folder has all of it.
 
         Raises:
             RequestError: the engine was loaded without `prefix_cache`; also as for `root`.
@@ -217,7 +217,7 @@ class Engine:
             if num_new:
                 with root.fork() as probe:
                     probe.generate(max_tokens=1)
-                self.core.keep_prefix(record)
+            self.core.keep_prefix(record)
             return num_new
 
     def generate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:

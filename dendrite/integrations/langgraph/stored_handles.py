@@ -38,15 +38,7 @@ class StoredHandles:
 
     def shortened(self, place: Place, values: Any) -> Any:  # noqa: ANN401 - whatever a state holds
         """The values with short handles, whose tokens the checkpoint at `place` holds from now on."""
-        found: dict[str, Snapshot] = {}
-
-        def collect(text: str) -> str:
-            if text.startswith(HANDLE_PREFIX) and text not in found:
-                with suppress(BranchError):  # a text that only begins like one
-                    found[text] = Snapshot.read(text)
-            return text
-
-        _map_strings(values, collect)
+        found = _handles_in(values)
         if not found:
             return values
         paths = {text: TokenKey(snapshot.model, snapshot.digest) for text, snapshot in found.items()}
@@ -74,6 +66,10 @@ class StoredHandles:
         long = {text: found[text].handle(tokens[key]) for text, key in keys.items() if key in tokens}
         return _map_strings(values, lambda text: long.get(text, text))
 
+    def keep_kv(self, values: Any) -> int:  # noqa: ANN401 - as `shortened`
+        """Writes down the K/V of all that the values name; see `Leases.keep_kv`."""
+        return self._leases.keep_kv(_handles_in(values).values())
+
     def copy_thread(self, source: str, target: str) -> None:
         """Both threads' checkpoints hold the same."""
         self._table.copy_thread(source, target)
@@ -86,6 +82,20 @@ class StoredHandles:
     def release_thread(self, thread_id: str) -> None:
         """Nor does any of this thread."""
         self._leases.release(self._table.release_thread(thread_id))
+
+
+def _handles_in(values: Any) -> dict[str, Snapshot]:  # noqa: ANN401 - whatever a state holds
+    """Each whole handle, and what it says."""
+    found: dict[str, Snapshot] = {}
+
+    def collect(text: str) -> str:
+        if text.startswith(HANDLE_PREFIX) and text not in found:
+            with suppress(BranchError):  # a text that only begins like one
+                found[text] = Snapshot.read(text)
+        return text
+
+    _map_strings(values, collect)
+    return found
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - a channel's value may be anything
