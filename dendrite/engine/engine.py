@@ -390,7 +390,7 @@ class Engine:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the engine was closed, died or stayed in the process that this one was forked from."""
+        """Whether the engine was closed or died; in a forked child, which is refused, the parent's goes on."""
         return self.core.loop.has_ended
 
     @property

@@ -168,8 +168,8 @@ class StepLoop:
 
     @property
     def has_ended(self) -> bool:
-        """Whether `check_open` would raise."""
-        return self._end is not None
+        """Whether it was closed or died; one that stayed with the parent of a forked process goes on there."""
+        return self._end is not None and not self.is_forked
 
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
