@@ -39,11 +39,12 @@ def bench_pressure(
         warm_up(engine)
         wanted = _search(engine, width, num_tokens)
         stats = engine.stats()
-        name = engine.name
+        name, block_size = engine.name, engine.config.block_size
+    shares = _shares(wanted, stats.blocks_peak, block_size)
     found: dict[str, list[Paths]] = {}
     runs: dict[str, Run] = {}
     for form, swap_memory in FORMS.items():
-        for share in SHARES:
+        for share in shares:
             kv_memory = (stats.blocks_peak * share // 100 + 1) * stats.block_bytes  # and the trash block
             load = partial(Engine.load, model, dtype=dtype, kv_memory=kv_memory, swap_memory=swap_memory)
             label = f"{form}: {share} %"
@@ -56,7 +57,10 @@ def bench_pressure(
     ]
     shape = f"{dtype}; a beam {width} wide and {DEPTH} deep, {num_tokens} tokens a step at temperature 0.8"
     memory = f"no branch pruned: {stats.blocks_peak} blocks of {stats.block_bytes:,} bytes at most"
-    return sitting.result(name, figures, [f"{shape}, {memory}"])
+    notes = [f"{shape}, {memory}"]
+    if left_out := [f"{share} %" for share in SHARES if share not in shares]:
+        notes.append(f"{' and '.join(left_out)} would not hold a single branch: give a greater --width")
+    return sitting.result(name, figures, notes)
 
 
 def draw_pressure(result: Result, path: Path) -> None:
@@ -91,6 +95,12 @@ def draw_pressure(result: Result, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     picture.savefig(path, metadata=NOTHING_BUT_THE_PICTURE)
+
+
+def _shares(paths: Paths, num_blocks: int, block_size: int) -> list[int]:
+    """The shares of the search's blocks in which its longest branch fits, with the token that scores it."""
+    least = -(-(max(map(len, paths)) + 1) // block_size) + DEPTH + 1  # each fork on its path may copy a shared block
+    return [share for share in SHARES if num_blocks * share // 100 >= least]
 
 
 def _percent(found: Figure) -> int:

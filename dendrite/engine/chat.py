@@ -30,7 +30,7 @@ def conversation_ids(messages: Sequence[Message], write: Write, encode: Encode) 
     turns = [{key: message[key] for key in _FOR_TEMPLATES if key in message} for message in messages]  # type: ignore[literal-required]  # they are keys of a Message
     whole = write(turns)
     kept = [index for index, message in enumerate(messages) if message.get("token_ids")]
-    if not kept:
+    if not kept or _mark_start() in whole:  # whoever writes a mark goes without kept tokens
         return encode(whole, True)
     marked = write([{**turn, "content": _mark(index)} if index in kept else turn for index, turn in enumerate(turns)])
     ids: list[int] = []
@@ -76,7 +76,7 @@ def _checked_role(index: int, message: object) -> object:
 
 
 def _mark_start() -> str:
-    return "\ue0d1"  # a private-use character: it is in nobody's text, and templates leave it alone
+    return "\ue0d1"  # a private-use character, so templates leave it alone
 
 
 def _mark(index: int) -> str:

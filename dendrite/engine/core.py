@@ -22,6 +22,7 @@ from dendrite.engine.errors import (
     EngineError,
     OutOfBlocks,
     RequestError,
+    SnapshotDamaged,
 )
 from dendrite.engine.generation import GenerationRequest
 from dendrite.engine.grammars import Grammars, Guide
@@ -143,11 +144,13 @@ class Core:
         return self._prefixes.read(path)
 
     def keep_prefix(self, record: BranchRecord) -> None:
-        """Writes a computed branch to the folder of prefixes."""
+        """Writes a computed branch to the folder of prefixes, unless all of it is there."""
         assert self._prefixes is not None
+        tokens = self.token_ids(record)
+        if self._prefixes.longest(tokens)[1] == len(tokens):
+            return
         with self._lock:
             snapshot = self._archive.capture([(record, None, None)], kv=True)
-            tokens = self._tree.token_ids(record.tip)
         self._prefixes.write(flattened(snapshot), tokens)
 
     def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:
@@ -238,6 +241,8 @@ class Core:
         """The branches of a file, which are the engine's again."""
         snapshot = read_snapshot(path, self._fingerprint)
         self._check_length(snapshot.length)
+        if any(not 0 <= token < self.spec.vocab_size for node in snapshot.nodes for token in node.token_ids):
+            raise SnapshotDamaged(f"{path} was not written by this package: it has tokens that the model has not")
         with self._lock:
             self.loop.check_open()
             self.loop.release_collected()

@@ -203,7 +203,7 @@ class Engine:
             token_ids: as for `root`.
 
         Returns:
-            The tokens that had to be computed: 0 if the folder has all of it.
+            The tokens that had to be computed: 0 if the engine or the folder has all of it.
 
         Raises:
             RequestError: the engine was loaded without `prefix_cache`; also as for `root`.
@@ -217,7 +217,7 @@ class Engine:
             if num_new:
                 with root.fork() as probe:
                     probe.generate(max_tokens=1)
-                self.core.keep_prefix(record)
+            self.core.keep_prefix(record)
             return num_new
 
     def generate(self, branches: Sequence[Branch], **options: Unpack[SamplingOptions]) -> list[Generation]:
@@ -389,6 +389,11 @@ class Engine:
     # --- the engine itself -------------------------------------------------------------------------------------
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the engine was closed or died; in a forked child, which is refused, the parent's goes on."""
+        return self.core.loop.has_ended
+
+    @property
     def blocks_used(self) -> int:
         """K/V blocks in use now; `stats` says more and takes longer."""
         return self.core.blocks_used
@@ -428,6 +433,11 @@ class Engine:
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         await self.aclose()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "an Engine lives in one process and is never copied or pickled: pass its name, or a handle of its branches"
+        )
 
     def __repr__(self) -> str:
         return f"<Engine {self.name} blocks={self.core.describe_blocks()}>"

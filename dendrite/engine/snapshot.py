@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dendrite.engine.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotTooNew
+from dendrite.engine.files import WorkFolder, remove_abandoned, sync
 
 VERSION = 1
 _KEY = "dendrite_snapshot"
@@ -116,18 +114,21 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         }
     )
     metadata = {_KEY: str(VERSION), "manifest": manifest, "manifest_sha256": _sha256(manifest)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    prefix = f".{path.name}.part-"
+    part: WorkFolder | None = None
     try:
-        _remove_leftovers(path)
-        part.mkdir()  # a folder, since safetensors makes temporary files of its own beside what it writes
-        save_file(tensors, part / "whole", metadata)
-        _sync(part / "whole")
-        (part / "whole").replace(path)
-        _sync(path.parent)
+        remove_abandoned(path.parent, prefix)
+        part = WorkFolder(path.parent, prefix)  # since safetensors makes temporary files beside what it writes
+        whole = part.path / "whole"
+        save_file(tensors, whole, metadata)
+        sync(whole)
+        whole.replace(path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise SnapshotError(f"{path} cannot be written, what was there is unchanged: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            part.remove()
 
 
 def read_snapshot(path: Path, model: str) -> Snapshot:
@@ -144,11 +145,43 @@ def read_snapshot(path: Path, model: str) -> Snapshot:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if _digest(tensors) != manifest["sha256"]:
         raise SnapshotDamaged(f"{path} was altered: its tensors are not those that were saved")
-    nodes = [
-        SavedNode(node["parent"], node["offset"], tensors[f"tokens.{index}"].tolist(), tensors.get(f"kv.{index}"))
-        for index, node in enumerate(manifest["nodes"])
-    ]
-    return Snapshot(manifest["model"], nodes, [SavedBranch(**branch) for branch in manifest["branches"]])
+    try:
+        return _assembled(manifest, tensors)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SnapshotDamaged(f"{path} was not written by this package, its parts do not fit: {error!r}") from error
+
+
+def _assembled(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+    """The snapshot of a manifest that vouches for itself; raises whatever is the matter with one that was made up."""
+    nodes: list[SavedNode] = []
+    for index, node in enumerate(manifest["nodes"]):
+        saved = SavedNode(
+            node["parent"], node["offset"], tensors[f"tokens.{index}"].tolist(), tensors.get(f"kv.{index}")
+        )
+        above = len(nodes[_before(saved.parent, nodes)].token_ids) if saved.parent is not None else 0
+        num_saved = saved.kv.shape[3] if saved.kv is not None else 0
+        if not 0 <= saved.offset <= above or num_saved > len(saved.token_ids):
+            raise ValueError(f"node {index} begins at {saved.offset} of {above}, with K/V of {num_saved} tokens")
+        nodes.append(saved)
+    branches: list[SavedBranch] = []
+    for index, branch in enumerate(manifest["branches"]):
+        end = SavedBranch(**branch)
+        length = len(nodes[_before(end.node, nodes)].token_ids)
+        if not 0 <= end.offset <= length:
+            raise ValueError(f"branch {index} ends at {end.offset} of {length}")
+        if end.parent is not None:
+            _before(end.parent, branches)
+        branches.append(end)
+    if not branches:
+        raise ValueError("there is no branch")
+    return Snapshot(manifest["model"], nodes, branches)
+
+
+def _before(index: int, known: Sized) -> int:
+    """The index, if it is of one that came before."""
+    if not 0 <= index < len(known):
+        raise ValueError(f"{index} is none of the {len(known)} before it")
+    return index
 
 
 def read_tokens(path: Path, model: str) -> list[int]:
@@ -189,9 +222,10 @@ def _checked_manifest(path: Path, metadata: Mapping[str, str], model: str) -> di
     if metadata.get("manifest_sha256") != _sha256(text):
         raise SnapshotDamaged(f"{path} was altered: its manifest is not the one that was saved")
     manifest: dict[str, Any] = json.loads(text)
-    if manifest["model"] != model:
+    theirs = str(manifest.get("model"))
+    if theirs != model:
         raise SnapshotMismatch(
-            f"{path} was saved with another model, dtype or `deterministic` (fingerprint {manifest['model'][:12]}, "
+            f"{path} was saved with another model, dtype or `deterministic` (fingerprint {theirs[:12]}, "
             f"this one is {model[:12]}): load the engine with that one"
         )
     return manifest
@@ -219,29 +253,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """What a killed process left half-written beside this file."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        pid = part.name.split(".")[-3]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -12,18 +12,20 @@ copy in memory that has changed. The tensors are moved by a `KVMover`; this room
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dendrite.engine.files import WorkFolder, remove_abandoned
 from dendrite.engine.ids import BlockId
 
 Spans = Sequence[tuple[int, int]]
 """Ranges of slots `[first, last)`, in order."""
+
+
+_PREFIX = "dendrite-swap-"
 
 
 class KVMover(Protocol):
@@ -104,7 +106,7 @@ class SwapSpace:
         self._disk_bytes = disk_bytes
         self._parent = folder
         self._has_sums = has_sums
-        self._folder: Path | None = None
+        self._folder: WorkFolder | None = None
         self._in_host: OrderedDict[int, Stored] = OrderedDict()  # by number, oldest first
         self._numbers = itertools.count()
 
@@ -164,7 +166,7 @@ class SwapSpace:
         """Removes every file."""
         self._in_host.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def _keep(self, stored: Stored) -> None:
         if self._has_sums:
@@ -200,5 +202,6 @@ class SwapSpace:
 
     def _file(self, number: int) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="dendrite-swap-", dir=self._parent))
-        return self._folder / f"{number}.safetensors"
+            remove_abandoned(self._parent, _PREFIX)
+            self._folder = WorkFolder(self._parent, _PREFIX)
+        return self._folder.path / f"{number}.safetensors"

@@ -41,10 +41,13 @@ class Tokenizer(Protocol):
         """Token ids of `text`.
 
         Args:
-            text: any string.
+            text: any string of whole characters.
             bos: `text` starts a sequence: add what the tokenizer adds there (BOS, a first space). Without it, `text`
                 goes on from other text and stands as it is.
             special: read special tokens written out in `text` as such, rather than as plain characters.
+
+        Raises:
+            RequestError: `text` is no string, or holds half a surrogate pair.
         """
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -105,7 +108,7 @@ class HFTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self._variant(starts=bos, special=special).encode(text, add_special_tokens=bos).ids
+        return _encoded(self._variant(starts=bos, special=special), text, bos=bos)
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """See `Tokenizer.decode`."""
@@ -142,10 +145,12 @@ class HFTokenizer:
 
         def encode(text: str, starts: bool) -> list[int]:  # noqa: FBT001 - as `chat.Encode` has it
             # The template writes BOS itself where the model wants one, so the tokenizer adds nothing.
-            return self._variant(starts=starts, special=True).encode(text, add_special_tokens=False).ids
+            return _encoded(self._variant(starts=starts, special=True), text, bos=False)
 
         try:
             return conversation_ids(messages, write, encode)
+        except RequestError:
+            raise
         except (TemplateError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -162,6 +167,24 @@ class HFTokenizer:
             # Two threads may both have made one; either serves.
             self._backends[starts, special] = found
         return found
+
+
+def _encoded(backend: Backend, text: str, *, bos: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=bos).ids
+    except TypeError as error:  # all that the library says is that it wants a `str`
+        if not isinstance(text, str):
+            raise RequestError(f"{text!r} cannot be encoded: give a string") from error
+        raise RequestError(
+            f"the text holds half a surrogate pair, which no tokenizer can encode: {_half_pair(text)!r}; replace it, "
+            'for example with text.encode(errors="replace").decode()'
+        ) from error
+
+
+def _half_pair(text: str) -> str:
+    """The first one with what stands around it."""
+    at = next((index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
+    return text[max(at - 10, 0) : at + 10]
 
 
 def _description(backend: Backend) -> dict[str, object]:

@@ -54,6 +54,12 @@ class _Entry:
     engine: Engine | None = None
     num_leases: int = 0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether there was an engine that runs no more."""
+        engine = self.engine
+        return engine is not None and engine.has_ended
+
 
 class EngineShelf:
     """The engines of one process that go by a name."""
@@ -79,7 +85,7 @@ class EngineShelf:
             self._own.pop(name, None)
 
     def lease(self, settings: EngineSettings) -> Lease:
-        """A hold on the engine of that name, which is loaded if it is nowhere yet.
+        """A hold on the engine of that name, which is loaded if it is nowhere yet, or died or was closed.
 
         Raises:
             ModelError, RequestError: as for `Engine.load`.
@@ -89,6 +95,8 @@ class EngineShelf:
             if own is not None:
                 return Lease(own, None)
             entry = self._entries.setdefault(settings, _Entry())
+            if entry.has_ended:  # who holds it learns so from its calls; a new hold is on a new engine
+                entry = self._entries[settings] = _Entry()
         with entry.lock:
             if entry.engine is None:
                 entry.engine = Engine.load(

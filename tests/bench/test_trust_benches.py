@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dendrite.bench.figures import Result
 from dendrite.bench.integrity import MODES, bench_integrity
-from dendrite.bench.pressure import SHARES
+from dendrite.bench.pressure import SHARES, bench_pressure
 from dendrite.cli.main import app
 
 
@@ -27,6 +27,17 @@ def test_a_search_says_the_same_in_every_size_of_pool(tiny_folder: Callable[[str
     assert {figure.note for figure in times} == {"100% of the branches have the same tokens"}
     assert moved[0] < moved[len(SHARES) - 1]
     assert "<svg" in picture.read_text()
+
+
+def test_pools_too_small_for_a_branch_are_left_out(tiny_folder: Callable[[str], Path]) -> None:
+    """A narrow search has no quarter of its memory to run in; the notes say so."""
+    result = bench_pressure(
+        str(tiny_folder("llama")), width=4, num_tokens=4, num_rounds=1, dtype="float32", progress=lambda _: None
+    )
+    times = [figure for figure in result.figures if figure.name == "search"]
+    assert 0 < len(times) < 2 * len(SHARES)
+    assert {figure.note for figure in times} == {"100% of the branches have the same tokens"}
+    assert any("25 % would not hold a single branch" in note for note in result.notes)
 
 
 def test_each_mode_is_timed_beside_none(tiny_folder: Callable[[str], Path]) -> None:

@@ -67,6 +67,13 @@ def test_without_tokens_the_text_is_encoded_whole() -> None:
     assert as_text(ids) == "^<user>Hi<end>"
 
 
+def test_a_text_with_the_mark_in_it_goes_without_kept_tokens() -> None:
+    """Nobody can make a turn's tokens stand in another place."""
+    messages = conversation("well")
+    messages[0]["content"] = "\ue0d11\ue0d2"
+    assert conversation_ids(messages, plain, characters) == characters(plain(messages), starts=True)
+
+
 def test_only_the_assistant_generates() -> None:
     """Tokens on anybody else's turn are refused, with the message that has them."""
     with pytest.raises(RequestError, match=r"messages\[0\].*token_ids"):

@@ -36,6 +36,7 @@ def use_all(engine, root, idle):
     idle.pop(0).prune()
     idle.pop()
     engine.stats()
+    assert not engine.has_ended   # so that its name gives no second one here
     engine.close()
 
 def run_child(engine, root, idle):
@@ -51,7 +52,7 @@ root = engine.root("a plan")
 idle = [root.fork().append("y" * 20) for _ in range(12)]
 for branch in idle:
     assert branch.generate(max_tokens=1).text == "x"   # most of them are on disk now
-folder = engine.core.swap._folder
+folder = engine.core.swap._folder.path
 files = sorted(folder.iterdir())
 assert len(files) > 3
 run_child(engine, root, list(idle))

@@ -103,6 +103,20 @@ def test_roots_begin_on_the_longest_prefix_up_to_where_they_differ(tmp_path: Pat
         assert engine.stats().blocks_used == engine.stats().swap_memory_used == 0
 
 
+def test_what_is_in_memory_alone_is_written_down(tmp_path: Path) -> None:
+    """A prompt that has run before costs nothing to keep, and is kept; a second time nothing is written."""
+    with scripted_engine(reply, prefix_cache=tmp_path) as engine:
+        with engine.root(SYSTEM) as root:
+            root.generate(max_tokens=3)
+        assert engine.cache_prefix(SYSTEM) == 0
+        (path,) = tmp_path.iterdir()
+        written = path.stat().st_mtime_ns, path.stat().st_ino
+        assert engine.cache_prefix(SYSTEM) == 0
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
+    with scripted_engine(reply, prefix_cache=tmp_path) as engine, engine.root(SYSTEM) as root:
+        assert root.num_cached == root.num_tokens
+
+
 @pytest.mark.parametrize("damage", ["cut off", "a flipped bit", "newer", "gone"])
 def test_a_file_that_cannot_be_used_costs_a_warning(tmp_path: Path, damage: str) -> None:
     """The prefix is computed, and written again."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dendrite.engine.errors import (
     SnapshotTooNew,
 )
 from dendrite.engine.messages import Message
+from dendrite.engine.snapshot import _digest, _sha256
 from dendrite.testing import scripted_engine
 
 
@@ -175,6 +177,43 @@ def test_each_way_to_be_wrong_has_its_error(engine: Engine, tmp_path: Path) -> N
     assert engine.restore(good).text == branch.text
 
 
+FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], object]] = {
+    "no nodes": lambda manifest, tensors: manifest.pop("nodes"),
+    "empty nodes": lambda manifest, tensors: manifest.update(nodes=[]),
+    "no branches": lambda manifest, tensors: manifest.update(branches=[]),
+    "own parent": lambda manifest, tensors: manifest["nodes"][0].update(parent=0),
+    "later parent": lambda manifest, tensors: manifest["nodes"][-1].update(parent=99),
+    "offset below 0": lambda manifest, tensors: manifest["nodes"][-1].update(offset=-5),
+    "offset too large": lambda manifest, tensors: manifest["branches"][0].update(offset=9999),
+    "unknown field": lambda manifest, tensors: manifest["branches"][0].update(colour="red"),
+    "branch's parent": lambda manifest, tensors: manifest["branches"][-1].update(parent=77),
+    "branch's node": lambda manifest, tensors: manifest["branches"][-1].update(node=77),
+    "no tokens": lambda manifest, tensors: tensors.pop("tokens.0"),
+    "unknown tokens": lambda manifest, tensors: tensors["tokens.0"].fill_(10**9),
+    "shape of K/V": lambda manifest, tensors: tensors.update({"kv.0": torch.zeros(1, 2, 3)}),
+    "too much K/V": lambda manifest, tensors: tensors.update({"kv.0": torch.zeros(1, 2, 1, 99, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_file_that_was_made_up_changes_nothing(engine: Engine, tmp_path: Path, name: str) -> None:
+    """Its sums are right and its content is none of ours: an error, and not a branch more than before."""
+    root = engine.root("the plan is")
+    root.fork().generate(max_tokens=4)
+    root.save(tmp_path / "good", tree=True)
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        manifest = json.loads(file.metadata()["manifest"])
+    tensors = load_file(tmp_path / "good")
+    FORGERIES[name](manifest, tensors)
+    written = json.dumps(manifest | {"sha256": _digest(tensors)})
+    metadata = {"dendrite_snapshot": "1", "manifest": written, "manifest_sha256": _sha256(written)}
+    save_file(tensors, tmp_path / "bad", metadata)
+    before = engine.stats().branches, engine.stats().blocks_used, engine.stats().swap_memory_used
+    with pytest.raises(SnapshotDamaged, match="was not written by this package"):
+        engine.restore_tree(tmp_path / "bad")
+    assert (engine.stats().branches, engine.stats().blocks_used, engine.stats().swap_memory_used) == before
+
+
 def test_what_cannot_be_saved_leaves_the_old_file(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +241,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
+from typing import Any
 import torch
 from dendrite.engine.snapshot import SavedBranch, SavedNode, Snapshot, read_snapshot, write_snapshot
 

@@ -217,6 +217,17 @@ def test_a_bad_conversation_is_refused(messages: list[Message], words: str) -> N
         TOKENIZERS["byte-level"].render(messages)
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    """Such a string is no text; the error shows where it is, in a prompt as in a conversation."""
+    tokenizer = TOKENIZERS["byte-level"]
+    with pytest.raises(RequestError, match=r"surrogate pair.*ab\\ud800cd.*replace it"):
+        tokenizer.encode("ab\ud800cd")
+    with pytest.raises(RequestError, match="the text holds half a surrogate pair"):
+        tokenizer.render([{"role": "user", "content": "\udfff"}])
+    with pytest.raises(RequestError, match="7 cannot be encoded: give a string"):
+        tokenizer.encode(7)  # type: ignore[arg-type]  # on purpose
+
+
 def test_a_model_without_a_template_says_what_to_do() -> None:
     """Messages need one; text does not."""
     bare = HFTokenizer(wrapped(byte_level(), template=None), [2])

@@ -1,7 +1,9 @@
 """`ChatDendrite` on a scripted engine: what it computes, what its messages carry, how it refuses."""
 
 import asyncio
+import copy
 import gc
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +14,20 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.outputs import LLMResult
 from pydantic import ValidationError
 
 from dendrite.engine.engine import Engine
-from dendrite.engine.errors import RequestError
+from dendrite.engine.errors import EngineClosed, RequestError
 from dendrite.integrations.engines import ENGINES, EngineSettings
 from dendrite.integrations.langchain import ChatDendrite
 from dendrite.testing import scripted_engine
@@ -219,6 +229,8 @@ def test_logprobs_are_told_in_openai_form(chat: ChatDendrite) -> None:
     assert "".join(entry["token"] for entry in content) == answer.text
     assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in content)
     assert "logprobs" not in chat.invoke("Which fruit?").response_metadata
+    always = chat.model_copy(update={"logprobs": True, "top_logprobs": 2})
+    assert always.invoke("Which fruit?", seed=1).response_metadata["logprobs"]["content"] == content
 
 
 # --- conversations -----------------------------------------------------------------------------------------------
@@ -243,7 +255,7 @@ def test_generated_tokens_are_spliced_in_again(engine: Engine, chat: ChatDendrit
     odd = [token + 256 for token in token_ids if token < 256]  # the same bytes, as no encoder would cut them
     answer.additional_kwargs["dendrite"]["token_ids"] = odd_ids = [token_ids[0], *odd]
     follow_up = [HumanMessage("Say."), answer, HumanMessage("Go on.")]
-    calls = chat._opened()
+    calls = chat._calls_on(None)
     rendered = calls.prompt_ids(follow_up, chat._options_of(None, {}))
     assert str(odd_ids)[1:-1] in str(rendered)
     answer.content = "something else"
@@ -251,11 +263,23 @@ def test_generated_tokens_are_spliced_in_again(engine: Engine, chat: ChatDendrit
     assert str(odd_ids)[1:-1] not in str(rendered)
 
 
+@pytest.mark.parametrize("token_ids", [None, "abc", [10**9], [-1], [97.5], {"0": 97}])
+def test_kept_tokens_that_were_tampered_with_are_left_out(chat: ChatDendrite, token_ids: object) -> None:
+    """A message whose tokens are no tokens of this model is encoded by its text."""
+    kept = {"dendrite": {"model": "scripted", "token_ids": token_ids}}
+    messages = [HumanMessage("Say."), AIMessage("well said", additional_kwargs=kept), HumanMessage("Go on.")]
+    plain = [HumanMessage("Say."), AIMessage("well said"), HumanMessage("Go on.")]
+    calls, options = chat._calls_on(None), chat._options_of(None, {})
+    assert calls.prompt_ids(messages, options) == calls.prompt_ids(plain, options)
+
+
 def test_what_is_no_text_is_refused(chat: ChatDendrite) -> None:
     """An image is named in the error, with the message it is in."""
     image = HumanMessage([{"type": "text", "text": "What is this?"}, {"type": "image", "url": "file:cat.png"}])
     with pytest.raises(RequestError, match=r"messages\[1\].*'image'.*text only"):
         chat.invoke([SystemMessage("Look."), image])
+    with pytest.raises(RequestError, match="'developer': give one of assistant, system, tool, user"):
+        chat.invoke([ChatMessage(content="Look.", role="developer")])
 
 
 def test_an_overlong_conversation_is_langchains_error(engine: Engine) -> None:
@@ -266,11 +290,13 @@ def test_an_overlong_conversation_is_langchains_error(engine: Engine) -> None:
         assert small.stats().blocks_used == 0
 
 
-def test_a_call_that_takes_too_long_ends(engine: Engine) -> None:
-    """The timeout ends the generation and leaves nothing behind."""
+def test_a_call_that_takes_too_long_ends() -> None:
+    """The timeout, of the call or of the model, ends the generation and leaves nothing behind."""
     with scripted_engine(lambda text: "on and on " * 400) as slow, ChatDendrite(engine=slow, max_tokens=4000) as chat:
         with pytest.raises(TimeoutError, match="timeout"):
             chat.invoke("Say.", timeout=0.05)
+        with pytest.raises(TimeoutError, match="timeout"):
+            ChatDendrite(engine=slow, max_tokens=4000, timeout=0.05).invoke("Say.")
         assert slow.stats().branches == 0
 
 
@@ -309,6 +335,8 @@ def test_caches_keep_different_calls_apart(chat: ChatDendrite) -> None:
     assert cached.invoke("Which fruit?", seed=1).id == first.id
     assert cached.invoke("Which fruit?", seed=1, top_k=3).id != first.id
     assert cached.model_copy(update={"min_p": 0.1}).invoke("Which fruit?", seed=1).id != first.id
+    assert cached.model_copy(update={"logprobs": True}).invoke("Which fruit?", seed=1).id != first.id
+    assert cached.model_copy(update={"timeout": 60.0}).invoke("Which fruit?", seed=1).id == first.id
     cached.close()
 
 
@@ -385,11 +413,57 @@ def test_a_loaded_engine_closes_with_its_last_lease(engine: Engine, monkeypatch:
     assert len(made) == 2
 
 
+def test_a_dead_engine_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds it learns that it has ended; whoever opens one after that gets a new one."""
+    monkeypatch.setattr(Engine, "load", lambda name, **settings: scripted_engine(script))
+    with ChatDendrite(model="some-model") as chat, ChatDendrite(model="some-model") as other:
+        chat.open().close()
+        with pytest.raises(EngineClosed):
+            chat.invoke("Say.")
+        assert other.invoke("Say.").text == "well said"
+        chat.close()
+        assert chat.invoke("Say.").text == "well said"
+        assert chat.open() is other.open()
+
+
+def test_copies_have_leases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing a copy, deep or not, or what came out of a pickle, leaves the original's engine running."""
+    made: list[Engine] = []
+
+    def load(name: str, **settings: object) -> Engine:
+        made.append(scripted_engine(script))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "load", load)
+    with ChatDendrite(model="some-model") as chat:
+        chat.open()
+        for copied in (
+            chat.model_copy(update={"temperature": 0.0}),
+            copy.copy(chat),
+            copy.deepcopy(chat),
+            pickle.loads(pickle.dumps(chat)),  # noqa: S301 - made here
+        ):
+            assert copied.invoke("Say.").text == "well said"
+            copied.close()
+            assert chat.invoke("Say.").text == "well said"
+        (loaded,) = made
+    assert loaded.has_ended
+
+
+def test_copies_share_an_engine_that_was_given(engine: Engine, chat: ChatDendrite) -> None:
+    """A deep copy runs on the same one; a pickle cannot, and says what to do instead."""
+    copied = copy.deepcopy(chat)
+    assert copied.engine is engine
+    assert copied.invoke("Say.").text == "well said"
+    with pytest.raises(TypeError, match="pass its name"):
+        pickle.dumps(chat)
+
+
 def test_tool_results_are_told_to_models_without_tools(chat: ChatDendrite) -> None:
     """Calls and answers of a conversation are written out where the template knows none."""
     call = {"name": "add", "args": {"a": 1}, "id": "1", "type": "tool_call"}
     messages = [HumanMessage("Add."), AIMessage("", tool_calls=[call]), ToolMessage("2", tool_call_id="1", name="add")]
-    ids = chat._opened().prompt_ids(messages, chat._options_of(None, {}))
+    ids = chat._calls_on(None).prompt_ids(messages, chat._options_of(None, {}))
     text = chat.open().tokenizer.decode(ids, special=True)
     assert '<|assistant|><tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|end|>' in text
     assert "<|user|><tool_response>\n2\n</tool_response><|end|>" in text

@@ -154,6 +154,23 @@ def test_a_retry_searches_the_same_way(engine: Engine) -> None:
     assert found[0] == found[1]
 
 
+async def test_an_update_may_say_where_the_graph_goes_on(engine: Engine) -> None:
+    """A `Command` is passed on, as from any node."""
+
+    def routed(found: Found[object]) -> Command[str]:
+        return Command(update={"branch": found.handle}, goto="high" if found.best.value == 3 else "low")
+
+    node = search_node(program, engine=engine, prompt=question, update=routed)
+    builder = StateGraph(Chat)
+    builder.add_node("search", node, destinations=("high", "low"))
+    builder.add_node("high", lambda state: {"messages": [AIMessage("high")]})
+    builder.add_node("low", lambda state: {"messages": [AIMessage("low")]})
+    builder.add_edge(START, "search")
+    for state in (builder.compile().invoke(ASK), await builder.compile().ainvoke(ASK)):
+        assert state["messages"][-1].text == "high"
+        assert state["branch"].startswith("dendrite:1:")
+
+
 def test_an_update_that_is_none_is_refused(engine: Engine) -> None:
     """With what it should be; nothing of the search is left."""
     with pytest.raises(ProgramError, match="return a dict"):

@@ -119,6 +119,24 @@ def test_a_tree_search_looks_ahead_through_safe_tools(chat: ChatDendrite) -> Non
     assert looks.seen[-1] == 3
 
 
+def test_a_safe_tool_that_raises_fails_its_candidate_alone(chat: ChatDendrite) -> None:
+    """The candidate is told what happened, and the scorer sees it; the agent goes on with another."""
+
+    @tool
+    def look(at: int) -> str:
+        """Look at a place."""
+        if at != 2:
+            raise ValueError(f"nothing at {at}")
+        return "value 2"
+
+    def sound(messages: Sequence[BaseMessage]) -> float:
+        return float(any(isinstance(message, ToolMessage) and message.status == "success" for message in messages))
+
+    search = TreeSearch(width=10, depth=2, keep=2, score=sound, safe_tools=["look"])
+    state = create_agent(chat, [look], middleware=[search]).invoke(ask("Look."))
+    assert state["messages"][1].tool_calls[0]["args"] == {"at": 2}
+
+
 def test_tools_that_are_not_safe_run_only_for_the_winner(chat: ChatDendrite) -> None:
     """A path ends at their call."""
     looks = Looks()

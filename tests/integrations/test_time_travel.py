@@ -20,8 +20,9 @@ from langgraph.types import CachePolicy, Send
 
 from dendrite.engine.engine import Engine
 from dendrite.engine.errors import BranchError, RequestError
-from dendrite.integrations.engines import ENGINES
+from dendrite.integrations.engines import ENGINES, EngineSettings
 from dendrite.integrations.langgraph import TimeTravelSaver, fork_node, generate_node, open_handle
+from dendrite.integrations.langgraph.handles import Snapshot, is_reference, packed_tokens
 from dendrite.testing import scripted_engine
 
 PROMPT = "Count. " * 100
@@ -62,7 +63,7 @@ async def saver(request: pytest.FixtureRequest, tmp_path: Path, engine: Engine) 
             yield TimeTravelSaver(saved, engine)
 
 
-def ideas_graph(engine: Engine, saver: TimeTravelSaver | None, **options: Any) -> Any:
+def ideas_graph(engine: Engine | str, saver: TimeTravelSaver | None, **options: Any) -> Any:
     builder = StateGraph(Ideas)
     fork = fork_node(2, engine=engine, prompt=lambda state: PROMPT)
     builder.add_node("fork", fork, cache_policy=options.pop("cache_policy", None))
@@ -274,6 +275,64 @@ async def test_handles_are_rebuilt_after_a_restart(engine: Engine, tmp_path: Pat
         assert saver.num_leases
         with open_handle(restarted, again["branches"][0]) as branch:
             assert branch.text.endswith(again["texts"][0])
+
+
+async def test_kv_outlives_the_process_where_it_is_kept(tmp_path: Path) -> None:
+    """With a folder of prefixes a restart computes no token of a checkpoint's branches but the last of each."""
+    path = str(tmp_path / "saved.sqlite")
+    with scripted_engine(script, prefix_cache=tmp_path / "kv") as engine, SqliteSaver.from_conn_string(path) as inner:
+        saver = TimeTravelSaver(inner, engine)
+        ideas_graph(engine, saver).invoke({}, thread("1"))
+        assert await saver.akeep_kv(thread("1")) <= 2
+        assert saver.keep_kv(thread("unknown")) == 0
+    with scripted_engine(script, prefix_cache=tmp_path / "kv") as restarted:
+        with SqliteSaver.from_conn_string(path) as inner:
+            graph = ideas_graph(restarted, TimeTravelSaver(inner, restarted))
+            for handle in graph.get_state(thread("1")).values["branches"]:
+                with open_handle(restarted, handle) as branch:
+                    branch.generate(max_tokens=1)
+        assert computed(restarted) <= 4
+        restarted.check_integrity()
+
+
+def test_kv_cannot_be_kept_without_a_place(engine: Engine) -> None:
+    """The error says what is missing: an engine, or its folder."""
+    saver = TimeTravelSaver(InMemorySaver(), engine)
+    ideas_graph(engine, saver).invoke({}, thread("1"))
+    with pytest.raises(RequestError, match="prefix_cache="):
+        saver.keep_kv(thread("1"))
+    with pytest.raises(RequestError, match="no engine"):
+        TimeTravelSaver(InMemorySaver()).keep_kv(thread("1"))
+
+
+def test_a_name_outlives_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engine of a name was closed, nodes and savers go on with a new one."""
+    monkeypatch.setattr(Engine, "load", lambda name, **settings: scripted_engine(script))
+    with ENGINES.lease(EngineSettings("some-model")) as lease:
+        saver = TimeTravelSaver(InMemorySaver(), "some-model")
+        graph = ideas_graph("some-model", saver)
+        first = graph.invoke({}, thread("1"))
+        assert saver.num_leases == lease.engine.stats().branches == num_paths(first)
+        lease.engine.close()
+        again = graph.invoke({}, thread("2"))
+        with ENGINES.lease(EngineSettings("some-model")) as new:
+            assert new.engine is not lease.engine
+            assert saver.num_leases == new.engine.stats().branches == num_paths(again)
+
+
+async def test_altered_tokens_are_not_gone_on_from(engine: Engine, saver: TimeTravelSaver) -> None:
+    """A path that is not the one its reference names makes the handle stale; it is never taken for the branch."""
+    graph = ideas_graph(engine, saver)
+    await graph.ainvoke({}, thread("1"))
+    other = packed_tokens(Snapshot("scripted", (1, 2, 3), 0).handle())
+    for data in (other, b"noise", other[:-2]):
+        await asyncio.to_thread(
+            saver._handles._table._database.run, [("UPDATE dendrite_tokens SET tokens=?", [(data,)])]
+        )
+        read = (await graph.aget_state(thread("1"))).values["branches"]
+        assert is_reference(read[0])
+        with pytest.raises(BranchError, match="altered"):
+            open_handle(engine, read[0])
 
 
 async def test_a_cached_nodes_old_handle_is_rebuilt(engine: Engine, saver: TimeTravelSaver) -> None:

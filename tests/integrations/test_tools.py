@@ -15,6 +15,7 @@ from dendrite.engine.grammars import check_grammar
 from dendrite.integrations.langchain import ChatDendrite
 from dendrite.integrations.langchain.bound_tools import BoundTools
 from dendrite.integrations.langchain.call_syntax import BARE, TAGGED, TOLD, Dialogue, syntax_of
+from dendrite.integrations.langchain.schemas import closed
 from dendrite.testing import scripted_engine
 
 
@@ -132,6 +133,66 @@ def test_impossible_tools_are_refused_when_they_are_bound(chat: ChatDendrite) ->
         chat.bind_tools([add], tool_choice="sub")
     with pytest.raises(RequestError, match="no tools are bound"):
         chat.bind_tools([], tool_choice="any")
+
+
+def schema_of(**properties: object) -> dict[str, object]:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+INTEGER = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {**schema_of(x={"$ref": "#/$defs/a~1b"}), "$defs": {"a/b": INTEGER}},
+        {**schema_of(x={"$ref": "#/$defs/Größe"}), "$defs": {"Größe": INTEGER}},
+        {**schema_of(x={"$ref": "#/definitions/T"}), "definitions": {"T": INTEGER}},
+        {**schema_of(x={"$ref": "#/properties/y"}, y=INTEGER)},
+        {"$ref": "#/$defs/All", "$defs": {"All": schema_of(x=INTEGER)}},
+        {"allOf": [schema_of(x=INTEGER), schema_of(y=INTEGER)]},
+        schema_of(x={"type": "string", "format": "path"}),
+        schema_of(x={"type": "array", "items": INTEGER, "uniqueItems": False}),
+        schema_of(x={"description": "None, or '#/$defs/T'.", "type": "null"}),
+        {},
+    ],
+    ids=["slash", "unicode", "draft 7", "property", "all by reference", "all of", "format", "unique", "text", "none"],
+)
+@pytest.mark.parametrize("name", ["odd", "größe 日本", 'a/b~"c'])
+def test_odd_schemas_and_names_are_enforced(parameters: dict[str, object], name: str) -> None:
+    """References are found wherever the schema stands, and remarks do not count."""
+    function = {"name": name, "parameters": parameters}
+    bound = BoundTools.of([{"type": "function", "function": function}] * 2, "any", None)
+    assert bound is not None
+    check_grammar(bound.constraint(TAGGED))
+
+
+@pytest.mark.parametrize("parameters", [True, {"type": "array"}, {"type": "string"}])
+def test_arguments_are_an_object(chat: ChatDendrite, parameters: object) -> None:
+    """Anything else could not be a call, and is refused when it is bound."""
+    with pytest.raises(ConstraintError, match="'odd' are no JSON object"):
+        chat.bind_tools([{"type": "function", "function": {"name": "odd", "parameters": parameters}}])
+
+
+def test_a_tool_that_refers_to_itself_nests_its_arguments(chat: ChatDendrite) -> None:
+    """What a schema calls its root is the arguments, not the call around them."""
+    parameters = {"type": "object", "properties": {"below": {"$ref": "#"}, "name": {"const": "x"}}}
+    nested = {"below": {"name": "x"}, "name": "x"}
+    said = json.dumps({"name": "odd", "arguments": nested})
+    with scripted_engine(lambda text: f"<tool_call>\n{said}\n</tool_call>") as engine:
+        odd = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
+        forced = ChatDendrite(engine=engine, temperature=0).bind_tools([odd], tool_choice="any")
+        assert calls_of(forced.invoke("Call.")) == [("odd", nested)]
+
+
+def test_closing_a_schema_leaves_values_and_names_alone() -> None:
+    """What only looks like a schema, and properties that are called like keywords, stay what they are."""
+    value = {"properties": "a", "format": "odd", "$ref": "#/x"}
+    schema = schema_of(properties=INTEGER, enum={"enum": [value], "default": value, "const": value})
+    before = json.dumps(schema)
+    made = closed(schema)
+    assert json.dumps(schema) == before
+    assert made == {**schema, "additionalProperties": False}
 
 
 class Pair(BaseModel):

@@ -96,19 +96,26 @@ def _choice(tool_choice: object, functions: Sequence[Mapping[str, object]]) -> t
 
 
 def _check(function: Mapping[str, object]) -> None:
+    name, parameters = function["name"], function.get("parameters") or {}
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        raise ConstraintError(f"the arguments of tool {name!r} are no JSON object: give parameters of type 'object'")
     alone = BoundTools([function], "any", is_parallel=False)
     try:
         check_grammar(alone.constraint(TAGGED))
     except ConstraintError as error:
         raise ConstraintError(
-            f"the arguments of tool {function['name']!r} cannot be enforced: simplify its schema ({error})"
+            f"the arguments of tool {name!r} cannot be enforced: simplify its schema ({error})"
         ) from error
 
 
 def _grammar(tools: BoundTools, syntax: CallSyntax) -> str:
-    parts = [_call(function, syntax) for function in tools.functions]
-    definitions = {name: schema for _, named in parts for name, schema in named.items()}
-    calls = {"x-guidance": _ONE_LINE, "anyOf": [call for call, _ in parts], "$defs": definitions}
+    places = {f"#/$defs/{index}": function for index, function in enumerate(tools.functions)}
+    arguments = [_arguments(function, place) for place, function in places.items()]
+    calls = {
+        "x-guidance": _ONE_LINE,
+        "anyOf": [_call(function, place, syntax) for place, function in places.items()],
+        "$defs": {str(index): schema for index, schema in enumerate(arguments)},
+    }
     rules = [f"body: %json {json.dumps(calls)}"]
     opening, closing = json.dumps(syntax.opening), json.dumps(syntax.closing)
     tag = syntax.opening.rstrip()
@@ -125,25 +132,17 @@ def _grammar(tools: BoundTools, syntax: CallSyntax) -> str:
     return "\n".join(rules)
 
 
-def _call(function: Mapping[str, object], syntax: CallSyntax) -> tuple[dict[str, object], dict[str, object]]:
-    """The schema of a call, and the definitions it refers to under names that only this function has."""
-    name = str(function["name"])
-    written = json.dumps(function.get("parameters") or {"type": "object", "properties": {}})
-    for kind in ("$defs", "definitions"):
-        written = written.replace(f'"#/{kind}/', f'"#/$defs/{name}.')
-    arguments = closed(json.loads(written))
-    named = {
-        key: schema for kind in ("$defs", "definitions") for key, schema in _object(arguments.pop(kind, {})).items()
-    }
-    definitions = {f"{name}.{key}": schema for key, schema in named.items()}
-    call: dict[str, object] = {
+def _call(function: Mapping[str, object], place: str, syntax: CallSyntax) -> dict[str, object]:
+    """The schema of a call whose arguments are described at `place`."""
+    return {
         "type": "object",
-        "properties": {"name": {"const": name}, syntax.arguments: arguments},
+        "properties": {"name": {"const": function["name"]}, syntax.arguments: {"$ref": place}},
         "required": ["name", syntax.arguments],
         "additionalProperties": False,
     }
-    return call, definitions
 
 
-def _object(value: object) -> Mapping[str, object]:
-    return cast("Mapping[str, object]", value) if isinstance(value, Mapping) else {}
+def _arguments(function: Mapping[str, object], place: str) -> dict[str, object]:
+    parameters = cast("Mapping[str, object]", function.get("parameters") or {"properties": {}})
+    schema = closed(parameters, at=place)
+    return schema if "$ref" in schema else {"type": "object", **schema}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import copy
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from types import TracebackType
@@ -27,6 +27,7 @@ from dendrite.integrations.langchain import structured
 from dendrite.integrations.langchain.batches import BatchedChatModel
 from dendrite.integrations.langchain.bound_tools import BoundTools
 from dendrite.integrations.langchain.calls import Calls
+from dendrite.integrations.langchain.opened import OpenedEngines
 from dendrite.integrations.langchain.options import SETTINGS, CallOptions, call_options, remote_only
 from dendrite.integrations.langchain.response_format import structured_response
 from dendrite.integrations.langchain.structured import Schema
@@ -79,10 +80,7 @@ class ChatDendrite(BatchedChatModel):
     streaming: bool = False
     """Whether `invoke` streams to callbacks as well."""
 
-    _lease: Lease | None = PrivateAttr(default=None)
-    _calls: Calls | None = PrivateAttr(default=None)
-    _others: dict[str, tuple[Lease, Calls]] = PrivateAttr(default_factory=dict)
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _opened: OpenedEngines = PrivateAttr(default_factory=OpenedEngines)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,20 +102,14 @@ class ChatDendrite(BatchedChatModel):
         Raises:
             ModelError: there is no such model, or it cannot be loaded.
         """
-        return self._opened().engine
+        return self._calls_on(None).engine
 
     def close(self) -> None:
         """Let the engine go; it is closed if it was loaded by name and nobody else has it.
 
         The next call opens it again.
         """
-        with self._lock:
-            calls, self._calls = self._calls, None
-            lease, self._lease = self._lease, None
-            opened = [*self._others.values(), *([(lease, calls)] if lease is not None and calls is not None else [])]
-            self._others.clear()
-        for held, _ in opened:
-            held.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -125,13 +117,27 @@ class ChatDendrite(BatchedChatModel):
     def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _opened(self) -> Calls:
-        with self._lock:
-            if self._calls is None:
-                self._lease = self._take_lease(self.model)
-                self._calls = Calls(self._lease.engine)
-                self._complete_profile(self._lease.engine)
-            return self._calls
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        copied._opened = copy.copy(self._opened)  # noqa: SLF001 - of the same class
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # Both run on an engine that was given: there is no copying one.
+        return super().__deepcopy__({**(memo or {}), id(self.engine): self.engine})
+
+    def _calls_on(self, model: object) -> Calls:
+        """This model's calls, or those on another engine that a call named."""
+        if model is not None and not isinstance(model, str):
+            raise RequestError(f"model={model!r} cannot be used: give a name")
+        name = model or self.model
+        with self._opened.lock:
+            found = self._opened.get(name)
+            if found is None:
+                found = self._opened.add(name, self._take_lease(name))
+                if name == self.model:
+                    self._complete_profile(found.engine)
+            return found
 
     def _take_lease(self, model: str) -> Lease:
         if self.engine is not None and model == self.engine.name:
@@ -142,23 +148,10 @@ class ChatDendrite(BatchedChatModel):
         if self.profile is not None and "max_input_tokens" not in self.profile:
             self.profile = {**self.profile, "max_input_tokens": engine.spec.context_length}
 
-    def _calls_on(self, model: object) -> Calls:
-        """This model's calls, or those on another engine that a call named."""
-        if model is None or model == self.model:
-            return self._opened()
-        if not isinstance(model, str):
-            raise RequestError(f"model={model!r} cannot be used: give a name")
-        with self._lock:
-            if model not in self._others:
-                lease = self._take_lease(model)
-                self._others[model] = (lease, Calls(lease.engine))
-            return self._others[model][1]
-
     async def _acalls_on(self, model: object) -> Calls:
         """`_calls_on` beside the event loop, where an engine may have to be loaded."""
-        if self._calls is not None and (model is None or model == self.model):
-            return self._calls
-        return await asyncio.to_thread(self._calls_on, model)
+        found = self._opened.get(model or self.model) if model is None or isinstance(model, str) else None
+        return await asyncio.to_thread(self._calls_on, model) if found is None else found
 
     # --- calls -------------------------------------------------------------------------------------------------
 
@@ -316,8 +309,8 @@ class ChatDendrite(BatchedChatModel):
     @property
     def _identifying_params(self) -> dict[str, object]:
         """All that decides what a call answers, so that caches keep different calls apart."""
-        names = ("model", "dtype", "device", *SETTINGS)
-        params: dict[str, object] = {name: getattr(self, name) for name in names}
+        names = {"model", "dtype", "device", *SETTINGS} - {"timeout"}
+        params: dict[str, object] = {name: getattr(self, name) for name in sorted(names)}
         if self.engine is not None:
             params |= {"dtype": self.engine.spec.dtype, "engine_seed": self.engine.config.seed}
         return params
@@ -354,7 +347,7 @@ class ChatDendrite(BatchedChatModel):
         """The tokens of the prompt that these messages, and tools, become."""
         functions = [convert_to_openai_tool(tool) for tool in tools or ()]
         options = self._options_of(None, {"tools": functions})
-        return len(self._opened().prompt_ids(messages, options))
+        return len(self._calls_on(None).prompt_ids(messages, options))
 
 
 def _single(options: CallOptions) -> CallOptions:

@@ -62,7 +62,8 @@ class Conversation:
             return self.syntax.answer(text, message.name)
         if isinstance(message, ChatMessage):
             if message.role not in _ROLES.values():
-                raise RequestError(f"messages[{index}] has role {message.role!r}: give one of {_ROLES.values()}")
+                known = ", ".join(sorted(set(_ROLES.values())))
+                raise RequestError(f"messages[{index}] has role {message.role!r}: give one of {known}")
             return {"role": message.role, "content": text}  # type: ignore[typeddict-item]  # checked above
         if message.type not in _ROLES:
             raise RequestError(f"messages[{index}] is a {type(message).__name__}: a chat model cannot read it")
@@ -81,10 +82,15 @@ class Conversation:
         return {"role": "assistant", "content": self.syntax.write(text, message.tool_calls)}
 
     def _kept_ids(self, message: AIMessage) -> list[int]:
+        """The tokens the message was generated as; none where it was made elsewhere, or what it kept was changed."""
         kept = message.additional_kwargs.get(KEPT)
         if not isinstance(kept, Mapping) or kept.get("model") != self.model:
             return []
-        return list(kept["token_ids"])
+        token_ids = kept.get("token_ids")
+        known = range(self.tokenizer.vocab_size)
+        if not isinstance(token_ids, list) or not all(isinstance(each, int) and each in known for each in token_ids):
+            return []
+        return token_ids
 
     def _says(self, said: str, message: AIMessage, text: str) -> bool:
         """Whether the message still says what its tokens do: users may edit it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from langchain.agents.middleware.types import AgentMiddleware, ModelRequest, ModelResponse
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, ToolCall, ToolMessage
 from langchain_core.tools import BaseTool
 
 from dendrite.dsl.fronts import Waiter
@@ -93,7 +93,8 @@ class TreeSearch(_Choosing):
         depth: messages to look ahead, the first one counted.
         keep: paths that go on at each depth.
         score: rates a conversation; the path it likes best decides what is said now.
-        safe_tools: names of tools without side effects.
+        safe_tools: names of tools without side effects, which need nothing but their arguments. Where one raises, the
+            candidate that called it is told so, and is rated like the others.
     """
 
     def __init__(self, *, width: int, depth: int, keep: int, score: Scorer, safe_tools: Collection[str] = ()) -> None:
@@ -137,12 +138,21 @@ class TreeSearch(_Choosing):
         calls = candidate.tool_calls
         goes_on = bool(calls) and all(call["name"] in self._safe for call in calls)
         if goes_on:
-            results = await asyncio.gather(*(tools[call["name"]].ainvoke(call) for call in calls))
-            messages += [result for result in results if isinstance(result, ToolMessage)]
+            messages += await asyncio.gather(*(_answer(tools[call["name"]], call) for call in calls))
         return _Path(messages, first or candidate, await scored(self._score, messages), goes_on)
 
     def _best(self, paths: Sequence[_Path]) -> list[_Path]:
         return sorted(paths, key=lambda path: -path.value)[: self._keep]
+
+
+async def _answer(tool: BaseTool, call: ToolCall) -> ToolMessage:
+    """What the tool says to a candidate."""
+    try:
+        said: object = await tool.ainvoke(call)
+    except Exception as error:  # noqa: BLE001 - one of several candidates called it wrongly: the agent's turn goes on
+        text = f"{type(error).__name__}: {error}"
+        return ToolMessage(text, tool_call_id=call["id"], name=tool.name, status="error")
+    return said if isinstance(said, ToolMessage) else ToolMessage(str(said), tool_call_id=call["id"], name=tool.name)
 
 
 def _with_logprobs(request: ModelRequest[Any]) -> ModelRequest[Any]:

@@ -21,9 +21,12 @@ _OF_CALL = frozenset(
 )
 SETTINGS = (
     *sorted(_SAMPLING - {"constraint", "fast_forward", "min_tokens", "stop_token_ids", "ignore_eos"}),
+    "logprobs",
     "n",
     "seed",
+    "timeout",
 )
+"""Fields of a chat model that decide its calls."""
 _FOR_LANGCHAIN = frozenset({"stream", "model", "strict", *_REMOTE})
 
 

@@ -63,8 +63,8 @@ class Snapshot:
         body, _, check = str(handle).rpartition(":")
         if is_reference(handle):
             raise BranchError(
-                "the handle is stale: it is of a checkpoint that a TimeTravelSaver wrote, and its tokens are not here. "
-                "Read the checkpoint through that saver; if its thread was deleted, start a new branch"
+                "the handle is stale: it is of a checkpoint that a TimeTravelSaver wrote, and its tokens are not here, "
+                "or were altered. Read the checkpoint through that saver; if its thread was deleted, start a new branch"
             )
         if not body.startswith(HANDLE_PREFIX) or check != _digest(body.encode(), _CHECK_BYTES):
             raise BranchError(f"{str(handle)[:40]!r} is no handle of a branch, or was changed: take one of handle_of()")
@@ -106,6 +106,14 @@ class Reference:
 def packed_tokens(handle: str) -> bytes:
     """The tokens of a handle that `Snapshot.read` takes, compressed as they are in it."""
     return urlsafe_b64decode(handle.rsplit(":", 2)[1])
+
+
+def packed_digest(packed: bytes) -> str | None:
+    """What names tokens that `packed_tokens` took out of a handle; None if they are damaged."""
+    try:
+        return _digest(array("I", _unpacked(packed)).tobytes(), _DIGEST_BYTES)
+    except (zlib.error, ValueError):
+        return None
 
 
 def is_reference(text: object) -> bool:

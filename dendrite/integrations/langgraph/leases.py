@@ -39,6 +39,7 @@ class Leases:
     def hold(self, paths: Iterable[tuple[TokenKey, Snapshot]]) -> None:
         """Holds what the engine has of these paths; an engine that cannot does without."""
         with self._lock:
+            self._on()
             for key, snapshot in paths:
                 if key in self._branches:
                     self._branches.move_to_end(key)
@@ -46,6 +47,20 @@ class Leases:
                     self._branches[key] = branch
             while len(self._branches) > self._most:
                 self._branches.popitem(last=False)[1].prune()
+
+    def keep_kv(self, paths: Iterable[Snapshot]) -> int:
+        """Puts the K/V of these paths into the engine's folder of prefixes; the tokens that had to be computed.
+
+        Raises:
+            RequestError: there is no engine, or it has no folder.
+            SnapshotError: the folder cannot be written to.
+        """
+        with self._lock:
+            engine = self._on()
+        if engine is None:
+            raise RequestError("this saver has no engine, so there is no K/V to keep: give it one")
+        ours = {path.digest: path for path in paths if path.model == engine.name}
+        return sum(engine.cache_prefix(token_ids=path.token_ids) for path in ours.values())
 
     def touch(self, keys: Collection[TokenKey]) -> None:
         """Somebody goes on from these paths: they are the last to go."""
@@ -76,7 +91,9 @@ class Leases:
 
     def _on(self) -> Engine | None:
         if isinstance(self._source, str):
-            if self._engine is None:
+            if self._engine is not None and self._engine.engine.has_ended:
+                self._branches.clear()  # they went with it
+            if self._engine is None or self._engine.engine.has_ended:
                 self._engine = ENGINES.lease(EngineSettings(self._source))
             return self._engine.engine
         return self._source

@@ -142,6 +142,25 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
         found = [saved for run_id in run_ids for saved in self._inner.list(None, filter={"run_id": run_id})]
         self._remove({_place(saved.config) for saved in found})
 
+    def keep_kv(self, config: RunnableConfig) -> int:
+        """Write down the K/V of the branches that a checkpoint names, in the engine's `prefix_cache` folder.
+
+        A process that starts later goes on from there without computing their tokens again.
+
+        Args:
+            config: a thread, for its latest checkpoint, or one of its checkpoints.
+
+        Returns:
+            The tokens that had to be computed: 0 as long as the engine has their K/V.
+
+        Raises:
+            RequestError: the saver has no engine, or the engine was loaded without `prefix_cache`.
+            SnapshotError: the folder cannot be written to.
+        """
+        saved = self.get_tuple(config)
+        values = [saved.checkpoint["channel_values"], saved.pending_writes] if saved is not None else []
+        return self._handles.keep_kv(values)
+
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Give a thread's whole history to a new thread: both go on from the same branches, each its own way.
 
@@ -249,6 +268,10 @@ class TimeTravelSaver(BaseCheckpointSaver[str]):
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """`delete_for_runs` for asyncio."""
         await asyncio.to_thread(self.delete_for_runs, run_ids)
+
+    async def akeep_kv(self, config: RunnableConfig) -> int:
+        """`keep_kv` for asyncio."""
+        return await asyncio.to_thread(self.keep_kv, config)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """`copy_thread` for asyncio."""

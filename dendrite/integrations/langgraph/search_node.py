@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from langchain_core.runnables import Runnable, RunnableLambda
+from langgraph.types import Command
 
 from dendrite.dsl.meter import Usage
 from dendrite.dsl.node import Node
@@ -19,7 +20,8 @@ from dendrite.engine.errors import ProgramError
 from dendrite.integrations.langgraph.search_once import Memory, SearchOnce
 from dendrite.integrations.langgraph.sources import EngineSource, NodeEngine, current_runtime, run_path, run_seed
 
-Update = Mapping[str, object]
+Update = Mapping[str, object] | Command[Any]
+"""What a node returns: keys of the state, or a Command that also says where the graph goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def search_node(
         program: of `dd.compile`.
         engine: an Engine, a name, or a function of the Runtime such as `lambda runtime: runtime.context.engine`.
         prompt: from the graph's state to the search's prompt.
-        update: from what was found to the node's update of the state.
+        update: from what was found to the node's update of the state, or to a `Command` with one.
         state: from the graph's state to the state of the search's root.
         seed: of every run; without it each execution has a seed of its own, the same in retries.
         budget: where to stop with what there is.
@@ -145,6 +147,6 @@ class _SearchNode(Generic[S]):
     def _updated(self, once: SearchOnce[S], result: Result[S]) -> Update:
         with result:
             made = self.update(Found(result, once.handles))
-        if not isinstance(made, Mapping):
-            raise ProgramError(f"update() returned {made!r}: return a dict of the state's keys")
+        if not isinstance(made, Mapping | Command):
+            raise ProgramError(f"update() returned {made!r}: return a dict of the state's keys, or a Command")
         return made

@@ -37,7 +37,7 @@ class NodeEngine:
         if isinstance(self._source, Engine):
             return self._source
         if isinstance(self._source, str):
-            if self._lease is None:
+            if self._lease is None or self._lease.engine.has_ended:
                 self._lease = ENGINES.lease(EngineSettings(self._source))
             return self._lease.engine
         try:

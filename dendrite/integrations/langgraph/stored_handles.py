@@ -17,7 +17,14 @@ from typing import Any
 from langgraph.types import Send
 
 from dendrite.engine.errors import BranchError
-from dendrite.integrations.langgraph.handles import HANDLE_PREFIX, Reference, Snapshot, is_reference, packed_tokens
+from dendrite.integrations.langgraph.handles import (
+    HANDLE_PREFIX,
+    Reference,
+    Snapshot,
+    is_reference,
+    packed_digest,
+    packed_tokens,
+)
 from dendrite.integrations.langgraph.leases import Leases
 from dendrite.integrations.langgraph.token_table import Place, TokenKey, TokenTable
 
@@ -31,15 +38,7 @@ class StoredHandles:
 
     def shortened(self, place: Place, values: Any) -> Any:  # noqa: ANN401 - whatever a state holds
         """The values with short handles, whose tokens the checkpoint at `place` holds from now on."""
-        found: dict[str, Snapshot] = {}
-
-        def collect(text: str) -> str:
-            if text.startswith(HANDLE_PREFIX) and text not in found:
-                with suppress(BranchError):  # a text that only begins like one
-                    found[text] = Snapshot.read(text)
-            return text
-
-        _map_strings(values, collect)
+        found = _handles_in(values)
         if not found:
             return values
         paths = {text: TokenKey(snapshot.model, snapshot.digest) for text, snapshot in found.items()}
@@ -49,7 +48,7 @@ class StoredHandles:
         return _map_strings(values, lambda text: short.get(text, text))
 
     def whole(self, values: Any) -> Any:  # noqa: ANN401 - as `shortened`
-        """The way back. A handle whose tokens are gone stays short, and opening it says so."""
+        """The way back. A handle whose tokens are gone, or are not those it names, stays short; opening it says so."""
         found: dict[str, Reference] = {}
 
         def collect(text: str) -> str:
@@ -61,10 +60,15 @@ class StoredHandles:
         if not found:
             return values
         keys = {text: TokenKey(reference.model, reference.digest) for text, reference in found.items()}
-        tokens = self._table.read(set(keys.values()))
+        stored = self._table.read(set(keys.values()))
+        tokens = {key: data for key, data in stored.items() if packed_digest(data) == key.digest}
         self._leases.touch(tokens.keys())
         long = {text: found[text].handle(tokens[key]) for text, key in keys.items() if key in tokens}
         return _map_strings(values, lambda text: long.get(text, text))
+
+    def keep_kv(self, values: Any) -> int:  # noqa: ANN401 - as `shortened`
+        """Writes down the K/V of all that the values name; see `Leases.keep_kv`."""
+        return self._leases.keep_kv(_handles_in(values).values())
 
     def copy_thread(self, source: str, target: str) -> None:
         """Both threads' checkpoints hold the same."""
@@ -78,6 +82,20 @@ class StoredHandles:
     def release_thread(self, thread_id: str) -> None:
         """Nor does any of this thread."""
         self._leases.release(self._table.release_thread(thread_id))
+
+
+def _handles_in(values: Any) -> dict[str, Snapshot]:  # noqa: ANN401 - whatever a state holds
+    """Each whole handle, and what it says."""
+    found: dict[str, Snapshot] = {}
+
+    def collect(text: str) -> str:
+        if text.startswith(HANDLE_PREFIX) and text not in found:
+            with suppress(BranchError):  # a text that only begins like one
+                found[text] = Snapshot.read(text)
+        return text
+
+    _map_strings(values, collect)
+    return found
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - a channel's value may be anything
