@@ -289,8 +289,9 @@ def compile(  # noqa: A001 - the name users know
     Args:
         parts: at least one `@expand`; any number of `@score`s; at most one `@observe` and one `@prune`.
         strategy: what drives the search.
-        on_error: what a run does about a function that raises, or about a score that is NaN or no number: "raise" ends
-            it with a `CallbackError` that names function and node, "drop" drops the node and goes on.
+        on_error: what a run does about a function that raises or returns nonsense, or about a score that is NaN or no
+            number: "raise" ends it with a `CallbackError` that names function and node, "drop" drops the node and goes
+            on. So it is with a node that has no room left in the model's context (`ContextOverflow`).
         merge: gives each node a key, called after `@observe`; of the nodes with equal keys only the first is kept,
             such as `merge=lambda node: node.state` where the way to a state does not matter.
 

@@ -14,7 +14,7 @@ from dendrite.dsl.records import Child, Gen, Reject
 from dendrite.dsl.run import Run
 from dendrite.dsl.types import Prompt, as_finite, is_prompt, shown
 from dendrite.engine.arguments import is_whole, shortened
-from dendrite.engine.errors import CallbackError, ConstraintError
+from dendrite.engine.errors import CallbackError, ConstraintError, ContextOverflow
 
 MAX_REFLECTIONS = 3
 """A node sees the newest: more would fill its prompt (Reflexion, Shinn et al., 2023, keeps one to three)."""
@@ -86,21 +86,22 @@ def _failed(said: object) -> TypeGuard[CallbackError | Reject | OutOfBudget]:
     return isinstance(said, CallbackError | Reject | OutOfBudget)
 
 
-def _not_expanded(run: Run, parent: Step, failure: CallbackError | Reject | OutOfBudget) -> None:
-    if isinstance(failure, CallbackError) and run.on_error == "raise":
+def not_expanded(run: Run, parent: Step, failure: CallbackError | ContextOverflow | Reject | OutOfBudget) -> None:
+    """Go on without some of a node's children, or raise the failure if the program says so."""
+    if isinstance(failure, CallbackError | ContextOverflow) and run.on_error == "raise":
         raise failure
     run.emit("dropped", parent, str(failure))
 
 
 def _proposals(run: Run, source: Source, parent: Step, said: object) -> list[Proposal]:
     if _failed(said):
-        _not_expanded(run, parent, said)
+        not_expanded(run, parent, said)
         return []
     gen = Gen(said) if is_prompt(said) and not _is_children(said) else said
     wrong = _wrong_with(gen)
     if wrong is not None:
         assert source.function is not None, "a constant cue was checked by compile()"
-        _not_expanded(run, parent, source.function.failed(f"returned {wrong}", [Node(parent)]))
+        not_expanded(run, parent, source.function.failed(f"returned {wrong}", [Node(parent)]))
         return []
     if _is_children(gen):
         return [_made(source, child) for child in gen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ STEP = dd.expand(cue="\nStep:", width=2, max_tokens=4)
             "depth=1.5 cannot be used: give a whole number",
         ),
         (lambda: raw.compile(STEP, length, strategy=raw.MCTS(4, depth=0)), "depth=0 cannot be used"),
+        (lambda: raw.compile(STEP, length, strategy=raw.BestFirst(4, parallel="x")), "parallel='x' cannot be used"),
+        (lambda: raw.compile(STEP, length, strategy=raw.BestOfN(4, depth="x")), "depth='x' cannot be used"),
         (lambda: raw.compile(STEP, length, strategy=raw.MCTS(4, exploration="far")), "exploration='far'"),
         (lambda: raw.compile(STEP, length, strategy=raw.MCTS(4, rollout=0.5)), "rollout=0.5 cannot be used"),
         (
@@ -200,3 +203,60 @@ def test_only_nodes_of_the_frontier_can_be_kept(engine: dd.Engine) -> None:
             search.keep(frontier[1:2])
         assert search.result().best == frontier[1]
         search.result().close()
+
+
+PLACES: dict[str, Callable[[Callable[..., Any]], dd.Program[Any]]] = {
+    "expand": lambda call: dd.compile(dd.expand(max_tokens=4)(call), length, strategy=dd.Beam(2)),
+    "observe": lambda call: dd.compile(STEP, dd.observe(call), length, strategy=dd.Beam(2)),
+    "score": lambda call: dd.compile(STEP, dd.score(call), strategy=dd.Beam(2)),
+    "scores": lambda call: dd.compile(STEP, dd.score(batch=2)(call), strategy=dd.Beam(2)),
+    "prune": lambda call: dd.compile(STEP, length, dd.prune(call), strategy=dd.Beam(2)),
+    "vote": lambda call: dd.compile(STEP, strategy=dd.BestOfN(3, vote=call)),
+    "merge": lambda call: dd.compile(STEP, length, strategy=dd.Beam(2), merge=call),
+}
+
+
+def raiser(error: BaseException, *, is_async: bool) -> Callable[[object], object]:
+    def plainly(argument: object) -> object:
+        raise error
+
+    async def later(argument: object) -> object:
+        raise error
+
+    return later if is_async else plainly
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_ends_the_process_leaves_no_branch(engine: dd.Engine, place: str, *, is_async: bool) -> None:
+    """`sys.exit()` in a function leaves the event loop at once; what was under way is cleaned up all the same."""
+    for error in (SystemExit(3), KeyboardInterrupt()):
+        program = PLACES[place](raiser(error, is_async=is_async))
+        with pytest.raises(type(error)):
+            program.run(engine, "p", seed=1)
+        assert engine.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_cancellation_from_within_is_a_failure(engine: dd.Engine, place: str, *, is_async: bool) -> None:
+    """A function whose own task was cancelled, by its HTTP client say, ended the search as if it were done."""
+    program = PLACES[place](raiser(asyncio.CancelledError(), is_async=is_async))
+    with pytest.raises(dd.CallbackError, match="was cancelled from within"):
+        program.run(engine, "p", seed=1)
+
+
+@pytest.mark.parametrize("cue", ["\nA longer step than that:", "\nS:"])
+def test_a_path_that_fills_the_context_is_dropped_or_ends_the_search(cue: str) -> None:
+    """Under "drop" the search goes on with what has room, whether the cue or the text did not fit."""
+    step = dd.expand(cue=cue, width=2, max_tokens=8)
+    with scripted_engine(lambda _: [" go", " stop"], context_length=64) as engine:
+        with pytest.raises(dd.ContextOverflow):
+            dd.compile(step, length, strategy=dd.Beam(30)).run(engine, "p", seed=1)
+        assert engine.stats().blocks_used == 0
+        program = dd.compile(step, length, dd.prune(keep=2), strategy=dd.Beam(30), on_error="drop")
+        with program.run(engine, "p", seed=1) as result:
+            assert result.stopped == "done"
+            assert 0 < result.best.depth < 30
+        assert engine.stats().blocks_used == 0
+        engine.check_integrity()

@@ -180,6 +180,6 @@ class AdaptiveBranching(Strategy[AdaptiveBranchingState]):
 
     def __str__(self) -> str:
         options = [str(self.iterations)]
-        options += [f"parallel={self.parallel}"] if self.parallel > 1 else []
+        options += [f"parallel={self.parallel}"] if self.parallel != 1 else []
         options += [] if self.depth is None else [f"depth={self.depth}"]
         return f"AdaptiveBranching({', '.join(options)})"
