@@ -100,12 +100,12 @@ class Starter:
         path = path_of(path)
         _check_budget(budget)
         engine, origin = _engine_of(on)
-        header, lines = read(path)
+        header, lines, seal = read(path)
         check_same(header, self._identity(engine, origin), path)
         codec = self.codec
         if budget is None and header["budget"] is not None:
             budget = Budget(**header["budget"])
-        log = Log(lambda: header, codec, file=Journal(path, codec), lines=lines)
+        log = Log(lambda: header, codec, file=Journal(path, codec, seal=seal), lines=lines)
         state = codec.load(header["root"])
         order = Order(prompt=header["prompt"], state=state, seed=header["seed"], budget=budget)
         return self._loop(engine, origin, order, log=log)
