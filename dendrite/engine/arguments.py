@@ -84,7 +84,7 @@ def as_number(value: object) -> float | None:
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a whole number, of Python's or NumPy's, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))  # a fork asks this
 
 
 def shortened(value: object) -> str:
