@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from dendrite.dsl.types import Prompt
+from dendrite.dsl.types import Prompt, as_finite, is_prompt
+from dendrite.engine.arguments import shortened
 from dendrite.engine.errors import ProgramError
 
 Normalize = Literal["sum", "mean", "unconditional"]
@@ -54,6 +55,8 @@ class Choice:
         self.fresh = fresh
         self.normalize = normalize
         self.read = read
+        if not is_prompt(question):
+            raise ProgramError(f"the question {shortened(question)} of a Choice is neither text nor chat messages")
         if normalize not in ("sum", "mean", "unconditional"):
             raise ProgramError(f'normalize={normalize!r}: give "sum", "mean" or "unconditional"')
         if read not in ("expected", "argmax"):
@@ -109,17 +112,24 @@ class Choice:
         return f"Choice({list(self.labels)}, {self.question!r})"
 
 
-def _worths(labels: Mapping[str, float] | Sequence[str]) -> Mapping[str, float]:
-    if not labels or isinstance(labels, str):
+def _check_labels(labels: object) -> None:
+    if not isinstance(labels, Mapping | Sequence) or isinstance(labels, str | bytes) or not labels:
         raise ProgramError("a Choice needs labels: a list of them, or a dict of label -> worth")
+    for label in labels:
+        if not (isinstance(label, str) and is_prompt(label)):
+            raise ProgramError(f"the label {shortened(label)} of a Choice is no text: give strings")
+
+
+def _worths(labels: Mapping[str, float] | Sequence[str]) -> Mapping[str, float]:
+    _check_labels(labels)
     if not isinstance(labels, Mapping):
         if len(set(labels)) < len(labels):
             raise ProgramError(f"a Choice has a label twice: {list(labels)}")
         last = max(1, len(labels) - 1)
         labels = {label: 1.0 - index / last for index, label in enumerate(labels)}
     for label, worth in labels.items():
-        if not str(label).strip():
+        if not label.strip():
             raise ProgramError(f"the label {label!r} of a Choice is empty: give text that the model can say")
-        if not math.isfinite(worth):
-            raise ProgramError(f"the label {label!r} of a Choice is worth {worth}: give a finite number")
-    return dict(labels)
+        if as_finite(worth) is None:
+            raise ProgramError(f"the label {label!r} of a Choice is worth {worth!r}: give a finite number")
+    return {label: float(worth) for label, worth in labels.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +28,8 @@ from dendrite.dsl.operations import (
 )
 from dendrite.dsl.states import Signature, common_state, signature_of
 from dendrite.dsl.strategies.base import ProgramFacts, Strategy
-from dendrite.dsl.types import OnError, is_prompt
+from dendrite.dsl.types import OnError, as_finite, is_prompt
+from dendrite.engine.arguments import is_whole, shortened
 from dendrite.engine.constraints import Constraint, constraint_of
 from dendrite.engine.errors import ConstraintError, ProgramError
 
@@ -92,7 +92,7 @@ def lower(
     scores = [_score(part) for part in collected if isinstance(part.mark, ScoreMark)]
     select = _select(_at_most_one(collected, PruneMark))
     signed = [(part.function, part.signature) for part in collected if part.function and part.signature]
-    key, vote = (None if call is None else Function.of(call) for call in (merge, strategy.vote))
+    key, vote = _helper("merge", merge), _helper("vote", strategy.vote)
     helpers = [(helper, signature_of(helper, names)) for helper in (*_conditions(expands), key, vote) if helper]
     state = common_state([*signed, *helpers])
     facts = ProgramFacts(
@@ -149,36 +149,52 @@ def _at_most_one(parts: Sequence[Part], kind: type[AnyMark]) -> Part | None:
 def _conditions(expands: Sequence[Part]) -> list[Function]:
     """The `when=` functions, which take nodes too."""
     marks = [part.mark for part in expands if isinstance(part.mark, ExpandMark)]
-    return [Function.of(mark.when) for mark in marks if mark.when is not None]
+    return [function for mark in marks if (function := _helper("when", mark.when))]
+
+
+def _helper(name: str, call: object) -> Function | None:
+    if call is None:
+        return None
+    if not callable(call) or isinstance(call, type):
+        raise ProgramError(f"{name}={shortened(call)} is no function: give one that takes a node, or leave it out")
+    return Function.of(call)
 
 
 def _source(part: Part) -> Source:
     mark = part.mark
     assert isinstance(mark, ExpandMark), "sources are made of expands"
-    stop = (mark.stop,) if isinstance(mark.stop, str) else tuple(mark.stop)
+    stop = _stops(part, mark.stop)
     _check_whole(part, "width", mark.width)
     _check_whole(part, "max_tokens", mark.max_tokens)
-    if not (math.isfinite(mark.temperature) and mark.temperature >= 0):
-        raise ProgramError(f"{part.place}: temperature={mark.temperature} cannot be used: give 0 (greedy) or more")
-    if not all(stop):
-        raise ProgramError(f"{part.place}: stop={mark.stop!r} holds an empty string, which ends every text at once")
-    if not mark.prior > 0:
-        raise ProgramError(f"{part.place}: prior={mark.prior} cannot be used: give a number above 0")
+    temperature, prior = as_finite(mark.temperature), as_finite(mark.prior)
+    if temperature is None or temperature < 0:
+        raise ProgramError(f"{part.place}: temperature={mark.temperature!r} cannot be used: give 0 (greedy) or more")
+    if prior is None or prior <= 0:
+        raise ProgramError(f"{part.place}: prior={mark.prior!r} cannot be used: give a number above 0")
     if mark.cue is not None and not is_prompt(mark.cue):
         raise ProgramError(f"{part.place}: cue={mark.cue!r} is neither text nor chat messages")
     return Source(
         cue=mark.cue or "",
         function=part.function,
-        when=Function.of(mark.when) if mark.when else None,
+        when=_helper("when", mark.when),
         width=mark.width,
         sampling=Sampling(
             max_tokens=mark.max_tokens,
             stop=stop,
-            temperature=mark.temperature,
+            temperature=temperature,
             constraint=_constraint(part, mark),
         ),
-        prior=mark.prior,
+        prior=prior,
     )
+
+
+def _stops(part: Part, stop: object) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(one, str) for one in stops):
+        raise ProgramError(f"{part.place}: stop={shortened(stop)} cannot be used: give a string or a list of strings")
+    if not all(stops):
+        raise ProgramError(f"{part.place}: stop={stop!r} holds an empty string, which ends every text at once")
+    return tuple(stops)
 
 
 def _constraint(part: Part, mark: ExpandMark) -> Constraint | None:
@@ -210,10 +226,11 @@ def _score(part: Part) -> Score:
         _check_whole(part, "batch", mark.batch)
         if signature.takes_many is False:
             raise ProgramError(f"{part.place}: batch= is for a function of a Sequence[Node], and this takes one Node")
-    if not math.isfinite(mark.weight):
-        raise ProgramError(f"{part.place}: weight={mark.weight} cannot be used: give a finite number")
+    weight = as_finite(mark.weight)
+    if weight is None:
+        raise ProgramError(f"{part.place}: weight={mark.weight!r} cannot be used: give a finite number")
     takes_many = mark.batch is not None if signature.takes_many is None else signature.takes_many
-    return Score(part.function, takes_many=takes_many, batch=mark.batch, weight=mark.weight)
+    return Score(part.function, takes_many=takes_many, batch=mark.batch, weight=weight)
 
 
 def _select(part: Part | None) -> Select:
@@ -228,5 +245,5 @@ def _select(part: Part | None) -> Select:
 
 
 def _check_whole(part: Part, name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ProgramError(f"{part.place}: {name}={value!r} cannot be used: give a whole number, 1 or more")

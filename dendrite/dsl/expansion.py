@@ -16,11 +16,12 @@ from dendrite.dsl import judging
 from dendrite.dsl.functions import OutOfBudget, joined
 from dendrite.dsl.node import Sampling, Step
 from dendrite.dsl.operations import Expansion, Loop, Merge, Observe, Score
-from dendrite.dsl.proposals import Proposal, drawn, propose
+from dendrite.dsl.proposals import Proposal, drawn, not_expanded, propose
 from dendrite.dsl.run import Run
 from dendrite.dsl.strategies.base import Expand
 from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import shown
+from dendrite.engine.errors import ContextOverflow
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
     from dendrite.engine.branch import Branch
@@ -82,7 +83,12 @@ async def _start(
     group: asyncio.TaskGroup,
 ) -> None:
     """Fork a proposal's children, as many as the budget allows, and let them grow."""
-    for branch in _forks(run, parent, proposal):
+    try:
+        branches = _forks(run, parent, proposal)
+    except ContextOverflow as failure:
+        not_expanded(run, parent, failure)
+        return
+    for branch in branches:
         step = run.add_child(
             parent,
             branch,
@@ -117,7 +123,11 @@ def _forks(run: Run, parent: Step, proposal: Proposal) -> Sequence[Branch]:
     if not proposal.cue:
         return [run.adopt(branch) for branch in parent.branch.fork(num, seed=seed)]
     (base,) = (run.adopt(branch) for branch in parent.branch.fork(1, seed=seed))
-    run.append_cue(base, proposal.cue, is_constant=proposal.is_constant)
+    try:
+        run.append_cue(base, proposal.cue, is_constant=proposal.is_constant)
+    except ContextOverflow:
+        run.prune(base)
+        raise
     if num == 1 == proposal.width:
         return [base]
     branches = [run.adopt(branch) for branch in base.fork(num, seed=seed)]
@@ -154,6 +164,8 @@ async def _grow(run: Run, body: Sequence[Expansion], step: Step, sampling: Sampl
         if scores and run.is_live(step):
             await judging.score(run, scores, step)
         run.meter.look()
+    except ContextOverflow as failure:
+        run.fail(step, failure)
     finally:
         step.turn.end()
         run.leave(step)

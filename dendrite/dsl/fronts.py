@@ -28,11 +28,7 @@ class Waiter:
     def wait(self, work: Coroutine[object, object, T]) -> T:
         """Run `work` and return what it returns; Ctrl-C cancels it and is raised once it has cleaned up."""
         if self._thread is None:
-            try:
-                return self._runner.run(work, context=self._context)
-            except KeyboardInterrupt:
-                self._end_tasks()
-                raise
+            return self._run(work)
         task: asyncio.Task[T] | None = None
 
         async def watched() -> T:
@@ -40,7 +36,7 @@ class Waiter:
             task = asyncio.current_task()
             return await work
 
-        future = self._thread.submit(self._runner.run, watched(), context=self._context)
+        future = self._thread.submit(self._run, watched())
         try:
             return future.result()
         except BaseException:
@@ -49,13 +45,20 @@ class Waiter:
                 future.exception()
             raise
 
+    def _run(self, work: Coroutine[object, object, T]) -> T:
+        try:
+            return self._runner.run(work, context=self._context)
+        except (KeyboardInterrupt, SystemExit):  # these leave the event loop at once, past all tasks
+            self._end_tasks()
+            raise
+
     def _end_tasks(self) -> None:
         """Let everything clean up: a second Ctrl-C is raised in whatever task runs, past those that would."""
         loop = self._runner.get_loop()
         while tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task.cancel()
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt, SystemExit):
                 loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     def close(self) -> None:

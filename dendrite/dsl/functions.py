@@ -74,6 +74,12 @@ class Function:
             return await cast("Awaitable[object]", result) if inspect.isawaitable(result) else result
         except (DendriteError, Reject):
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancels the search: something that the function awaited was cancelled.
+            raise self.failed("was cancelled from within", nodes) from error
         except Exception as error:
             raise self.failed(f"raised {type(error).__name__}: {error}", nodes) from error
 

@@ -1,10 +1,11 @@
 """A search written down: every ask and tell, a line each, so that it can be gone on from after whatever ended it.
 
-    {"journal": 1, "model": …, "functions": …, "state": …, "seed": …, "prompt": …}     what it belongs to
+    {"journal": 2, "model": …, "functions": …, "state": …, "seed": …, "prompt": …}     what it belongs to
     {"asked": {"kind": "Expand", "node": 0}}
     {"told": {"kind": "Expanded", "node": 0, "children": [1, 2]}, "steps": [{"id": 1, "text": …}, …], "spent": …}
 
-A line counts once it is on the disk. The last one may be torn by a crash; it is dropped.
+A line counts once it is on the disk. The last one may be torn by a crash; it is dropped. Every line ends with a seal
+(`dendrite.dsl.seals`), so that a journal that was altered is refused.
 """
 
 from __future__ import annotations
@@ -16,30 +17,39 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dendrite.dsl.codec import Codec
 from dendrite.dsl.functions import Function, plain
 from dendrite.dsl.meter import Spent
 from dendrite.dsl.node import Step
 from dendrite.dsl.operations import Loop, Merge, Observe, Score
+from dendrite.dsl.seals import sealed, unsealed
 from dendrite.dsl.strategies.base import Ask, Expanded, Told
-from dendrite.engine.errors import ProgramError, SnapshotError
+from dendrite.engine.errors import ProgramError, SnapshotDamaged, SnapshotError
 
 Line = dict[str, Any]
-VERSION = 1
+VERSION = 2
 
 
 class Journal:
-    """The file of one search, open for writing."""
+    """The file of one search, open for writing.
 
-    def __init__(self, path: Path, codec: Codec) -> None:
+    Args:
+        path: of the file, which is new or ends with a whole line.
+        codec: writes states.
+        seal: of that line.
+    """
+
+    def __init__(self, path: Path, codec: Codec, *, seal: str = "") -> None:
         self.codec = codec
+        self._seal = seal
         self._file = path.open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line and wait until it is on the disk."""
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        written, self._seal = sealed(line, self._seal)
+        self._file.write(written)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -97,10 +107,20 @@ def _row(codec: Codec, step: Step) -> Line:
     }
 
 
-def read(path: Path) -> tuple[Line, list[Line]]:
+class Read(NamedTuple):
+    """A journal as it was read."""
+
+    header: Line
+    lines: list[Line]
+    seal: str
+    """Of the last line."""
+
+
+def read(path: Path) -> Read:
     """The header and the lines of a journal; a torn last line is cut off the file.
 
     Raises:
+        SnapshotDamaged: a line was altered, or one is missing.
         SnapshotError: there is no such file, or it is no journal.
     """
     try:
@@ -108,17 +128,33 @@ def read(path: Path) -> tuple[Line, list[Line]]:
     except OSError as error:
         raise SnapshotError(f"the journal {path} cannot be read: {error}") from error
     whole = content[: content.rfind(b"\n") + 1]
+    first, *others = whole.split(b"\n")[:-1] or [b""]
+    _check_version(path, first)
+    lines: list[Line] = []
+    seal = ""
+    for number, written in enumerate([first, *others], start=1):
+        try:
+            line, seal = unsealed(written, seal)
+        except ValueError as error:
+            raise SnapshotDamaged(
+                f"line {number} of {path} is not what was written, or one before it is missing: start the search anew, "
+                "or go on from a copy of the file"
+            ) from error
+        lines.append(line)
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return Read(lines[0], lines[1:], seal)
+
+
+def _check_version(path: Path, first: bytes) -> None:
     try:
-        header, *lines = [json.loads(line) for line in whole.splitlines()]
-        if header["journal"] != VERSION:
-            raise SnapshotError(f"{path} is a journal of version {header['journal']}, this package reads {VERSION}")
+        version = json.loads(first)["journal"]
     except (ValueError, KeyError, TypeError) as error:
         raise SnapshotError(
             f"{path} is no journal of a search: give the path that run(journal=...) was given"
         ) from error
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return header, lines
+    if version != VERSION:
+        raise SnapshotError(f"{path} is a journal of version {version}, this package reads {VERSION}")
 
 
 def create(path: Path, header: Mapping[str, Any], codec: Codec) -> Journal:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import SupportsFloat
 
 from dendrite.dsl.choice import Choice
 from dendrite.dsl.functions import Function, OutOfBudget, answer, together
@@ -13,6 +12,7 @@ from dendrite.dsl.operations import Merge, Observe, Score
 from dendrite.dsl.records import Outcome, Reject
 from dendrite.dsl.run import Run, append_prompt
 from dendrite.dsl.types import Prompt, shown
+from dendrite.engine.arguments import as_number, shortened
 from dendrite.engine.errors import CallbackError
 
 Logprobs = list[list[float]]
@@ -93,10 +93,12 @@ def _number(function: Function, step: Step, said: object) -> Number:
         return said
     if isinstance(said, Reject):
         return function.failed(f"raised Reject({said}), which only @observe may", [Node(step)])
-    if not isinstance(said, SupportsFloat):
-        return function.failed(f"returned {said!r}, not a number or a Choice", [Node(step)])
-    number = float(said)
-    return function.failed("returned NaN", [Node(step)]) if math.isnan(number) else number
+    number = as_number(said)
+    if number is None:
+        return function.failed(f"returned {shortened(said)}, not a number or a Choice", [Node(step)])
+    if not math.isfinite(number):
+        return function.failed(f"returned {'NaN' if math.isnan(number) else number}, not a finite number", [Node(step)])
+    return number
 
 
 # --- choices -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from dendrite.dsl.compiler import lower
@@ -26,6 +25,7 @@ from dendrite.dsl.search_loop import SearchLoop
 from dendrite.dsl.starting import Order, Starter
 from dendrite.dsl.strategies.base import Strategy
 from dendrite.dsl.types import OnError, Prompt, S
+from dendrite.engine.arguments import is_whole, shortened
 from dendrite.engine.errors import ProgramError
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -131,7 +131,7 @@ class Program(Generic[S]):
                 which. Nothing is changed.
             ProgramError, CallbackError, EngineError: as for `run`.
         """
-        loop = self._starter.reopen(Path(path), on, budget)
+        loop = self._starter.reopen(path, on, budget)
         with Waiter() as waiter:
             return waiter.wait(self._drained(loop))
 
@@ -139,7 +139,7 @@ class Program(Generic[S]):
         self, path: PathLike[str] | str, on: Engine | Branch, *, budget: Budget | None = None
     ) -> Result[S]:
         """`resume` for asyncio."""
-        return await self._drained(self._starter.reopen(Path(path), on, budget))
+        return await self._drained(self._starter.reopen(path, on, budget))
 
     async def arun(
         self,
@@ -204,7 +204,7 @@ class Program(Generic[S]):
         Raises:
             SnapshotError: as for `resume`.
         """
-        return Search(self._starter.reopen(Path(path), on, budget), lambda: self._starter.codec)
+        return Search(self._starter.reopen(path, on, budget), lambda: self._starter.codec)
 
     def map(
         self,
@@ -232,8 +232,11 @@ class Program(Generic[S]):
         budget: Budget | None = None,
     ) -> list[Result[S]]:
         """`map` for asyncio."""
-        if concurrency < 1:
-            raise ProgramError(f"map(concurrency={concurrency}) runs nothing: give 1 or more")
+        if not is_whole(concurrency) or concurrency < 1:
+            raise ProgramError(
+                f"map(concurrency={shortened(concurrency)}) runs nothing: give a whole number, 1 or more"
+            )
+        pairs: list[tuple[Prompt, S]] = _pairs(inputs)
         turns = asyncio.Semaphore(concurrency)
         results: list[Result[S]] = []
 
@@ -244,7 +247,7 @@ class Program(Generic[S]):
                 return result
 
         try:
-            return await together([one(prompt, state) for prompt, state in inputs])
+            return await together([one(prompt, state) for prompt, state in pairs])
         except BaseException:
             for result in results:
                 result.close()
@@ -262,6 +265,16 @@ class Program(Generic[S]):
         return f"<Program {self._starter.operations[1].strategy}>"
 
 
+def _pairs(inputs: object) -> list[tuple[Prompt, S]]:
+    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable):
+        raise ProgramError(f"map({shortened(inputs)}): give (prompt, state) pairs")
+    pairs = list(inputs)
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ProgramError(f"map() got {shortened(pair)} as input {index}: give (prompt, state) pairs")
+    return pairs
+
+
 def compile(  # noqa: A001 - the name users know
     *parts: Part[S],
     strategy: Strategy,
@@ -276,8 +289,9 @@ def compile(  # noqa: A001 - the name users know
     Args:
         parts: at least one `@expand`; any number of `@score`s; at most one `@observe` and one `@prune`.
         strategy: what drives the search.
-        on_error: what a run does about a function that raises, or about a score that is NaN or no number: "raise" ends
-            it with a `CallbackError` that names function and node, "drop" drops the node and goes on.
+        on_error: what a run does about a function that raises or returns nonsense, or about a score that is NaN or no
+            number: "raise" ends it with a `CallbackError` that names function and node, "drop" drops the node and goes
+            on. So it is with a node that has no room left in the model's context (`ContextOverflow`).
         merge: gives each node a key, called after `@observe`; of the nodes with equal keys only the first is kept,
             such as `merge=lambda node: node.state` where the way to a state does not matter.
 

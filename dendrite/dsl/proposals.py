@@ -12,8 +12,9 @@ from dendrite.dsl.node import Node, Sampling, Step
 from dendrite.dsl.operations import Source
 from dendrite.dsl.records import Child, Gen, Reject
 from dendrite.dsl.run import Run
-from dendrite.dsl.types import Prompt, is_prompt, shown
-from dendrite.engine.errors import CallbackError, ConstraintError
+from dendrite.dsl.types import Prompt, as_finite, is_prompt, shown
+from dendrite.engine.arguments import is_whole, shortened
+from dendrite.engine.errors import CallbackError, ConstraintError, ContextOverflow
 
 MAX_REFLECTIONS = 3
 """A node sees the newest: more would fill its prompt (Reflexion, Shinn et al., 2023, keeps one to three)."""
@@ -85,26 +86,50 @@ def _failed(said: object) -> TypeGuard[CallbackError | Reject | OutOfBudget]:
     return isinstance(said, CallbackError | Reject | OutOfBudget)
 
 
-def _not_expanded(run: Run, parent: Step, failure: CallbackError | Reject | OutOfBudget) -> None:
-    if isinstance(failure, CallbackError) and run.on_error == "raise":
+def not_expanded(run: Run, parent: Step, failure: CallbackError | ContextOverflow | Reject | OutOfBudget) -> None:
+    """Go on without some of a node's children, or raise the failure if the program says so."""
+    if isinstance(failure, CallbackError | ContextOverflow) and run.on_error == "raise":
         raise failure
     run.emit("dropped", parent, str(failure))
 
 
 def _proposals(run: Run, source: Source, parent: Step, said: object) -> list[Proposal]:
     if _failed(said):
-        _not_expanded(run, parent, said)
+        not_expanded(run, parent, said)
         return []
-    if isinstance(said, Gen):
-        return [] if _has_no_choice(said) else [_generated(source, parent, said)]
+    gen = Gen(said) if is_prompt(said) and not _is_children(said) else said
+    wrong = _wrong_with(gen)
+    if wrong is not None:
+        assert source.function is not None, "a constant cue was checked by compile()"
+        not_expanded(run, parent, source.function.failed(f"returned {wrong}", [Node(parent)]))
+        return []
+    if _is_children(gen):
+        return [_made(source, child) for child in gen]
+    assert isinstance(gen, Gen), "nothing else passes"
+    return [] if _has_no_choice(gen) else [_generated(source, parent, gen)]
+
+
+def _wrong_with(said: object) -> str | None:
+    """Why what a function returned cannot be used; None if it can."""
     if _is_children(said):
-        return [_made(source, child) for child in said]
-    if is_prompt(said):
-        return [_generated(source, parent, Gen(said))]
-    assert source.function is not None, "a constant cue was checked by compile()"
-    failure = source.function.failed(f"returned {said!r}, not a cue, a Gen or a list of Children", [Node(parent)])
-    _not_expanded(run, parent, failure)
-    return []
+        return next(filter(None, map(_wrong_with_child, said)), None)
+    if not isinstance(said, Gen):
+        return f"{shortened(said)}, not a cue, a Gen or a list of Children"
+    if not is_prompt(said.cue):
+        return f"a Gen whose cue {shortened(said.cue)} is neither text nor chat messages"
+    if said.max_tokens is not None and not (is_whole(said.max_tokens) and said.max_tokens > 0):
+        return f"a Gen with max_tokens={shortened(said.max_tokens)}: give a whole number, 1 or more"
+    return None
+
+
+def _wrong_with_child(child: Child[object]) -> str | None:
+    prior = as_finite(child.prior)
+    text: object = child.text
+    if not isinstance(text, str) or not is_prompt(text):
+        return f"a Child whose text {shortened(child.text)} is none that can be encoded"
+    if prior is None or prior < 0:
+        return f"a Child with prior={shortened(child.prior)}: give a finite number, 0 or more"
+    return None
 
 
 def _is_children(said: object) -> TypeGuard[Sequence[Child[object]]]:
@@ -148,7 +173,8 @@ def drawn(proposals: Sequence[Proposal], num: int, *, made: set[str], seed: int 
     while pool and len(chosen) < num:
         if len(pool) == 1 and not pool[0].is_made:  # siblings that share their cue
             return [*chosen, replace(pool[0], width=num - len(chosen))]
-        (index,) = dice.choices(range(len(pool)), weights=[proposal.prior for proposal in pool])
+        weights = [proposal.prior for proposal in pool]
+        (index,) = dice.choices(range(len(pool)), weights=weights if any(weights) else None)
         chosen.append(replace(pool[index], width=1))
         if pool[index].is_made:
             del pool[index]

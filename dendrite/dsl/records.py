@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Generic
 
 from dendrite.dsl.types import Prompt, S
+from dendrite.engine.arguments import as_number, is_whole, shortened
 from dendrite.engine.constraints import Constraint, constraint_of
 from dendrite.engine.errors import ProgramError
 
@@ -105,5 +106,11 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("tokens", "nodes", "seconds", "kv_bytes", "branches"):
             limit = getattr(self, name)
-            if limit is not None and not limit > 0:
+            if limit is None:
+                continue
+            number = as_number(limit)
+            if number is None or (name != "seconds" and not is_whole(limit)):
+                kind = "number" if name == "seconds" else "whole number"
+                raise ProgramError(f"Budget({name}={shortened(limit)}) is no {kind}: give one above 0, or None")
+            if not number > 0:
                 raise ProgramError(f"Budget({name}={limit!r}) allows nothing: give a number above 0, or None")

@@ -19,7 +19,7 @@ from dendrite.dsl.node import Node, Question, Step
 from dendrite.dsl.operations import Score
 from dendrite.dsl.turns import Turn
 from dendrite.dsl.types import OnError, Prompt, StepId, shown
-from dendrite.engine.errors import CallbackError
+from dendrite.engine.errors import CallbackError, ContextOverflow
 from dendrite.engine.messages import Message
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -128,9 +128,9 @@ class Run:
         step = self.steps[node.id] if node.id < len(self.steps) else None
         return step if step is not None and Node(step) == node else None
 
-    def fail(self, step: Step, failure: CallbackError | OutOfBudget) -> None:
-        """Drop a node that a function failed on, or raise the failure if the program says so."""
-        if isinstance(failure, CallbackError) and self.on_error == "raise":
+    def fail(self, step: Step, failure: CallbackError | ContextOverflow | OutOfBudget) -> None:
+        """Drop a node that a function failed on or that has no room, or raise the failure if the program says so."""
+        if not isinstance(failure, OutOfBudget) and self.on_error == "raise":
             raise failure
         self.drop(step, str(failure))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, cast
 
@@ -14,6 +13,7 @@ from dendrite.dsl.fronts import iterated
 from dendrite.dsl.node import Node
 from dendrite.dsl.result import Result
 from dendrite.dsl.search_loop import SearchLoop
+from dendrite.dsl.starting import path_of
 from dendrite.dsl.types import S
 from dendrite.engine.errors import ProgramError
 
@@ -59,8 +59,8 @@ class Search(Generic[S]):
         """
         if not self._frontier:
             raise ProgramError("keep() chooses among the frontier that the loop yielded: call it inside the for loop")
-        if len(set(nodes)) < len(nodes) or not set(nodes) <= set(self._frontier):
-            raise ProgramError("keep() takes nodes of this frontier, each at most once")
+        if not _are_nodes(nodes) or len(set(nodes)) < len(nodes) or not set(nodes) <= set(self._frontier):
+            raise ProgramError("keep() takes a list of nodes of this frontier, each at most once")
         self._loop.choose([node.id for node in nodes])
 
     def cancel(self) -> None:
@@ -81,7 +81,7 @@ class Search(Generic[S]):
         Raises:
             ProgramError: there is a file at the path, or a state that cannot be written down. Nothing was written.
         """
-        self._loop.save(Path(path), self._codec_of())
+        self._loop.save(path_of(path), self._codec_of())
 
     def close(self) -> None:
         """End the search here and prune what it made, unless it has its result; calling again is fine."""
@@ -92,3 +92,7 @@ class Search(Generic[S]):
 
     def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _are_nodes(nodes: object) -> bool:
+    return isinstance(nodes, Sequence) and all(isinstance(node, Node) for node in nodes)

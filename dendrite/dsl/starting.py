@@ -22,6 +22,7 @@ from dendrite.dsl.run import Run
 from dendrite.dsl.search_loop import SearchLoop
 from dendrite.dsl.states import fits
 from dendrite.dsl.types import OnError, Prompt, is_prompt
+from dendrite.engine.arguments import is_whole, shortened
 from dendrite.engine.errors import ProgramError
 
 if TYPE_CHECKING:  # at run time this file must not load pydantic
@@ -76,6 +77,9 @@ class Starter:
             raise ProgramError(
                 f"the prompt is {order.prompt!r}: give text, or a list of messages with role and content"
             )
+        if order.seed is not None and not is_whole(order.seed):
+            raise ProgramError(f"seed={shortened(order.seed)} cannot be used: give a whole number, or None")
+        _check_budget(order.budget)
         self._check_state(order.state)
         engine, origin = _engine_of(on)
         if journal is None and not is_saved:
@@ -83,22 +87,25 @@ class Starter:
         if order.seed is None:
             order = replace(order, seed=random.getrandbits(53))
         header = functools.partial(self._header, engine, origin, order)
-        file = None if journal is None else create(Path(journal), header(), self.codec)
+        file = None if journal is None else create(path_of(journal), header(), self.codec)
         return self._loop(engine, origin, order, log=Log(header, file=file))
 
-    def reopen(self, path: Path, on: Engine | Branch, budget: Budget | None) -> SearchLoop:
+    def reopen(self, path: PathLike[str] | str, on: Engine | Branch, budget: Budget | None) -> SearchLoop:
         """Check a journal and set its search up.
 
         Raises:
             SnapshotError: see `Program.resume`.
+            ProgramError: arguments that no search can be gone on with.
         """
+        path = path_of(path)
+        _check_budget(budget)
         engine, origin = _engine_of(on)
-        header, lines = read(path)
+        header, lines, seal = read(path)
         check_same(header, self._identity(engine, origin), path)
         codec = self.codec
         if budget is None and header["budget"] is not None:
             budget = Budget(**header["budget"])
-        log = Log(lambda: header, codec, file=Journal(path, codec), lines=lines)
+        log = Log(lambda: header, codec, file=Journal(path, codec, seal=seal), lines=lines)
         state = codec.load(header["root"])
         order = Order(prompt=header["prompt"], state=state, seed=header["seed"], budget=budget)
         return self._loop(engine, origin, order, log=log)
@@ -146,6 +153,22 @@ class Starter:
             wanted = getattr(self.state_type, "__qualname__", str(self.state_type))
             given = "none was given" if state is None else f"it was given a {type(state).__qualname__}"
             raise ProgramError(f"the program's functions take Node[{wanted}], and {given}: pass state={wanted}(...)")
+
+
+def path_of(path: object) -> Path:
+    """The path of a journal.
+
+    Raises:
+        ProgramError: it is none.
+    """
+    if not isinstance(path, str | PathLike) or not str(path):
+        raise ProgramError(f"{shortened(path)} is no path: give the name of a file")
+    return Path(path)
+
+
+def _check_budget(budget: object) -> None:
+    if budget is not None and not isinstance(budget, Budget):
+        raise ProgramError(f"budget={shortened(budget)} is no Budget: give one such as dd.Budget(tokens=1000)")
 
 
 def _engine_of(on: Engine | Branch) -> tuple[Engine, Branch | None]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NewType, TypeGuard
 
 from typing_extensions import TypeVar
 
+from dendrite.engine.arguments import as_number, checked_text
+from dendrite.engine.chat import check_messages
+from dendrite.engine.errors import RequestError
 from dendrite.engine.messages import Message
 
 S = TypeVar("S", default=object)
@@ -38,9 +42,19 @@ def shown(prompt: Prompt, *, first: bool = False) -> str:
 
 
 def is_prompt(value: object) -> TypeGuard[Prompt]:
-    """Whether it is text, or a list or tuple of mappings with a role and a content."""
-    if isinstance(value, str):
-        return True
-    if not isinstance(value, list | tuple):
+    """Whether it is text that can be encoded, or a list or tuple of messages of known roles; either may be empty."""
+    try:
+        if isinstance(value, list | tuple):
+            if value:
+                check_messages(value)
+        else:
+            checked_text(value, "prompt")
+    except RequestError:
         return False
-    return all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    return True
+
+
+def as_finite(value: object) -> float | None:
+    """A finite number of any library as Python's own; None if it is none."""
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack, overload
 
+from dendrite.engine.arguments import checked_number
 from dendrite.engine.config import SamplingOptions
 from dendrite.engine.errors import RequestError
 from dendrite.engine.generation import Generation
@@ -59,12 +60,15 @@ class Branch:
         """Whatever the user thinks of it; searches keep their scores here.
 
         Where memory is short, idle branches of low value leave the pool before those of high value or of none.
+
+        Raises:
+            RequestError: it is set to something that is no number.
         """
         return self.record.tip.value
 
     @value.setter
     def value(self, value: float | None) -> None:
-        self.record.tip.value = value
+        self.record.tip.value = None if value is None else checked_number(value, "value")
 
     @property
     def status(self) -> Status:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
+from dendrite.engine.arguments import checked_text, shortened
 from dendrite.engine.errors import RequestError
 from dendrite.engine.messages import Message, Role
 
@@ -54,9 +55,9 @@ def conversation_ids(messages: Sequence[Message], write: Write, encode: Encode) 
     return ids + encode(open_text, not ids)
 
 
-def check_messages(messages: Sequence[object], *, continue_last: bool) -> None:
+def check_messages(messages: object, *, continue_last: bool = False) -> None:
     """Raise a `RequestError` that says which message cannot be rendered, and why."""
-    if isinstance(messages, str) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError('messages must be one or more of {"role": ..., "content": ...}')
     roles = [_checked_role(index, message) for index, message in enumerate(messages)]
     if continue_last and roles[-1] != "assistant":
@@ -65,11 +66,10 @@ def check_messages(messages: Sequence[object], *, continue_last: bool) -> None:
 
 def _checked_role(index: int, message: object) -> object:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise RequestError(f"messages[{index}]={message!r} cannot be used: it needs a role and a content")
+        raise RequestError(f"messages[{index}]={shortened(message)} cannot be used: it needs a role and a content")
     if message["role"] not in _ROLES:
         raise RequestError(f"messages[{index}] has role {message['role']!r}: give one of {', '.join(_ROLES)}")
-    if not isinstance(message["content"], str):
-        raise RequestError(f"messages[{index}] has content {message['content']!r}: give a string")
+    checked_text(message["content"], f"messages[{index}]: content")
     if message.get("token_ids") and message["role"] != "assistant":
         raise RequestError(f"messages[{index}] has token_ids: only what the assistant said was generated")
     return message["role"]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dendrite.engine.archive import Archive, Entry
+from dendrite.engine.arguments import checked_ids, checked_number, checked_seed, checked_text, is_whole, shortened
 from dendrite.engine.blocks import BlockPool
+from dendrite.engine.chat import check_messages
 from dendrite.engine.config import EngineConfig, SamplingParams
 from dendrite.engine.constraints import CONTINUE, Constraint
 from dendrite.engine.errors import (
@@ -107,6 +109,7 @@ class Core:
         seed: int | None,
     ) -> BranchRecord:
         """A new root on the longest live prefix of its prompt."""
+        seed = checked_seed(seed)
         tokens = self._prompt_tokens(text, messages, token_ids)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
@@ -155,13 +158,16 @@ class Core:
 
     def fork(self, record: BranchRecord, num: int, at: int | None, seed: int | None) -> list[BranchRecord]:
         """`num` records at the same place, or at an earlier one; no block is touched."""
-        if num < 1:
-            raise BranchError(f"fork({num}): give 1 or more")
+        if not is_whole(num) or num < 1:
+            raise BranchError(f"fork({shortened(num)}): give a whole number, 1 or more")
+        seed = checked_seed(seed)
         with self._lock:
             self.loop.check_open()
             tip = self._live_tip(record)
-            if at is not None and not 1 <= at <= tip.num_known:
-                raise BranchError(f"fork(at={at}): the branch has {tip.num_known} tokens; give 1 to {tip.num_known}")
+            if at is not None and not (is_whole(at) and 1 <= at <= tip.num_known):
+                raise BranchError(
+                    f"fork(at={shortened(at)}): the branch has {tip.num_known} tokens; give 1 to {tip.num_known}"
+                )
             forks = [self._fork_one(record, index, at, seed) for index in range(num)]
             self.loop.counters.num_forks += num
             return forks
@@ -181,15 +187,13 @@ class Core:
 
     def append(self, record: BranchRecord, content: str | Sequence[int], *, special: bool) -> None:
         """Adds text or token ids."""
-        if isinstance(content, str):
-            tokens = self.tokenizer.encode(content, special=special)
-        else:
-            tokens = self._checked_ids(content)
+        tokens = self._content_tokens(content, "content", special=special)
         with self._lock:
             self._extend(record, tokens, keep=self._live_tip(record).length)
 
     def append_messages(self, record: BranchRecord, messages: Sequence[Message]) -> None:
         """Renders the conversation again with what was generated and `messages`; keeps the common tokens."""
+        check_messages(messages)
         with self._lock:
             tip = self._idle_tip(record)
             if record.chat is None:
@@ -303,7 +307,8 @@ class Core:
         self, branches: Sequence[Branch], params: SamplingParams, sink: Sink | None = None, *, priority: float = 0.0
     ) -> tuple[list[GenerationRequest], Group]:
         """One request a branch, as one group: all of them run, or none."""
-        self._checked_ids([*params.logit_bias, *params.stop_token_ids])
+        self._checked_ids([*params.logit_bias, *params.stop_token_ids], "logit_bias or stop_token_ids")
+        priority = checked_number(priority, "priority")
         start = self.grammars.guide(params.constraint) if isinstance(params.constraint, Constraint) else None
         with self._lock:
             self.loop.check_open()
@@ -339,12 +344,9 @@ class Core:
         self, record: BranchRecord, choices: Sequence[str | Sequence[int]], *, priority: float = 0.0
     ) -> tuple[ScoreRequest, Group]:
         """One request for all choices."""
-        if isinstance(choices, str) or not choices:
-            raise RequestError("give a list of choices, at least one")
-        candidates = [
-            self.tokenizer.encode(choice) if isinstance(choice, str) else self._checked_ids(choice)
-            for choice in choices
-        ]
+        _check_choices(choices)
+        priority = checked_number(priority, "priority")
+        candidates = [self._content_tokens(choice, f"choice {index}") for index, choice in enumerate(choices)]
         if not all(candidates):
             raise RequestError(f"choice {candidates.index([])} is empty: there is nothing to score")
         with self._lock:
@@ -366,10 +368,17 @@ class Core:
         if (text is not None) + (messages is not None) + (token_ids is not None) != 1:
             raise RequestError("give one of: text, messages=, token_ids=")
         if messages is not None:
+            check_messages(messages)
             return self.tokenizer.render(messages)
         if text is not None:
-            return self.tokenizer.encode(text, bos=True) if text else []
-        return self._checked_ids(token_ids or ())
+            return self.tokenizer.encode(text, bos=True) if checked_text(text, "text") else []
+        return self._checked_ids(token_ids, "token_ids")
+
+    def _content_tokens(self, content: object, name: str, *, special: bool = False) -> list[int]:
+        """Text or token ids that go on from other text."""
+        if isinstance(content, str):
+            return self.tokenizer.encode(checked_text(content, name), special=special)
+        return self._checked_ids(content, name)
 
     def _live_tip(self, record: BranchRecord) -> Tip:
         if record.tip.status == "pruned":
@@ -383,12 +392,8 @@ class Core:
             raise BranchError(explain(tip.status))
         return tip
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        tokens = list(token_ids)
-        wrong = next((token for token in tokens if not 0 <= token < self.spec.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"token id {wrong} is out of range: the vocabulary has {self.spec.vocab_size} tokens")
-        return tokens
+    def _checked_ids(self, token_ids: object, name: str) -> list[int]:
+        return checked_ids(token_ids, name, vocab_size=self.spec.vocab_size)
 
     def _check_length(self, length: int) -> None:
         if length > self.spec.context_length:
@@ -399,6 +404,11 @@ class Core:
 
     def _check_blocks(self, tip: Tip, num_more: int = 0) -> None:
         self.loop.scheduler.check_fits([(tip, max(0, num_more), False)])
+
+
+def _check_choices(choices: object) -> None:
+    if not isinstance(choices, Sequence) or isinstance(choices, str | bytes) or not choices:
+        raise RequestError(f"score({shortened(choices)}): give a list of choices, at least one")
 
 
 def _guide(record: BranchRecord, params: SamplingParams, start: Guide | None) -> Guide | None:

@@ -17,6 +17,7 @@ from typing import Self, Unpack, overload
 
 from transformers import PreTrainedModel
 
+from dendrite.engine.arguments import shortened
 from dendrite.engine.branch import Branch
 from dendrite.engine.config import EngineConfig, SamplingOptions, SamplingParams
 from dendrite.engine.constraints import Constraint
@@ -82,7 +83,7 @@ class Engine:
 
         Args:
             name: a short name (`dendrite models` lists them), a hub id, or a folder that Transformers can read.
-            dtype: of weights and K/V: "float32", "bfloat16" or "float16"; "auto" is the dtype the weights were saved in
+            dtype: of weights and K/V: "float32" or "bfloat16"; "auto" is the dtype the weights were saved in
                 where the device computes in it natively, else float32.
             device: "cpu", "cuda", "cuda:1" and so on; "auto" is the first CUDA device, or the CPU where there is none.
             kv_memory: bytes of K/V, or a string such as "2GiB": a hard limit; None is a quarter of the free memory, of
@@ -121,6 +122,8 @@ class Engine:
             prefix_cache=prefix_cache,
             prefix_cache_size=prefix_cache_size,
         )
+        if not isinstance(name, str | PathLike):
+            raise RequestError(f"load({shortened(name)}): give a short name, a hub id or a folder")
         loaded = load_model(name, dtype=config.dtype, device=config.device)
         return cls.of(loaded.model, loaded.spec, HFTokenizer(loaded.tokenizer, loaded.eos_token_ids), config)
 
@@ -331,8 +334,7 @@ class Engine:
             await self.prepare(constraint)
 
     def _checked(self, branches: Sequence[Branch]) -> Sequence[Branch]:
-        if not branches:
-            raise RequestError("no branches were given")
+        _check_branches(branches)
         if len(set(map(id, branches))) < len(branches):
             raise BranchError("a branch is listed twice: fork it and list the forks")
         if any(branch.engine is not self for branch in branches):
@@ -449,3 +451,12 @@ def _close(loop: StepLoop, swap: SwapSpace, runner: Runner) -> None:
     loop.stop()
     swap.close()
     runner.close()
+
+
+def _check_branches(branches: object) -> None:
+    if isinstance(branches, Branch):
+        raise RequestError("generate() takes a list of branches: put this one in one, or call its own generate()")
+    if not isinstance(branches, Sequence) or not all(isinstance(branch, Branch) for branch in branches):
+        raise RequestError(f"generate({shortened(branches)}): give a list of branches, as root() and fork() make them")
+    if not branches:
+        raise RequestError("no branches were given")

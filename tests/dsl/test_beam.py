@@ -71,7 +71,7 @@ def test_states_are_values() -> None:
 @pytest.mark.parametrize(
     "beam, facts, complaint",
     [
-        (Beam(0), FACTS, "give 1 or more"),
+        (Beam(0), FACTS, "1 or more"),
         (Beam(1), replace(FACTS, has_score=False, keep=3), r"keep=3.* needs a @score"),
         (Beam(1), replace(FACTS, has_score=False), "nothing to tell nodes apart by"),
     ],

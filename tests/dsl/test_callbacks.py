@@ -198,7 +198,7 @@ def test_a_condition_that_fails_is_named(engine: dd.Engine) -> None:
 
 
 def test_errors_of_the_package_pass_as_they_are(engine: dd.Engine) -> None:
-    """A retry policy can tell them apart."""
+    """A retry policy can tell them apart; a question that has no room is a node's own trouble, and dropped with it."""
 
     @dd.score
     async def overflow(node: dd.Node) -> float:
@@ -206,7 +206,9 @@ def test_errors_of_the_package_pass_as_they_are(engine: dd.Engine) -> None:
         return 1.0
 
     with pytest.raises(dd.ContextOverflow):
-        compiled(STEP, overflow, on_error="drop").run(engine, "Go.")
+        compiled(STEP, overflow).run(engine, "Go.")
+    with compiled(STEP, overflow, on_error="drop").run(engine, "Go.") as result:
+        assert {row["status"] for row in result.tree.to_rows() if row["depth"]} == {"dropped"}
 
 
 def test_reject_is_for_observe(engine: dd.Engine) -> None:

@@ -243,7 +243,7 @@ LOOSE: Any = dd  # the type checker would refuse most of these already
         (lambda: LOOSE.compile(Solver.step, value, strategy=BEAM), "pass a bound method"),
         (lambda: LOOSE.compile(CUE, value, strategy="beam"), "is no strategy"),
         (lambda: LOOSE.compile(CUE, value, strategy=BEAM, on_error="ignore"), '"raise" or "drop"'),
-        (lambda: LOOSE.compile(CUE, value, strategy=dd.Beam(depth=0)), "give 1 or more"),
+        (lambda: LOOSE.compile(CUE, value, strategy=dd.Beam(depth=0)), "1 or more"),
     ],
 )
 def test_programs_that_cannot_run_are_refused(compile_it: Callable[[], object], complaint: str) -> None:

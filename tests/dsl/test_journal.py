@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dendrite as dd
+from dendrite.dsl.seals import sealed, unsealed
 from dendrite.testing import Reply, scripted_engine
 
 ROOT = Path(dd.__file__).parent.parent
@@ -217,6 +218,15 @@ def other_version(header: dict[str, object]) -> None:
     header["journal"] = 99
 
 
+def resealed(lines: list[dict[str, object]]) -> bytes:
+    seal, written = "", b""
+    for line in lines:
+        line.pop("seal")
+        one, seal = sealed(line, seal)
+        written += one
+    return written
+
+
 @pytest.mark.parametrize(
     "resumed, edit, complaint",
     [
@@ -238,10 +248,9 @@ def test_what_does_not_fit_is_refused_by_name(
     path = tmp_path / "run.jsonl"
     dd.compile(step, add, closeness, strategy=dd.Beam(depth=2)).run(engine, "Go.", state=Sum(), journal=path).close()
     if edit is not None:
-        first, *rest = path.read_text().splitlines(keepends=True)
-        header = json.loads(first)
-        edit(header)
-        path.write_text(json.dumps(header) + "\n" + "".join(rest))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        edit(lines[0])
+        path.write_bytes(resealed(lines))
     before = path.read_bytes()
     with pytest.raises(dd.SnapshotError, match=complaint):
         resumed.resume(path, engine)
@@ -259,6 +268,35 @@ def test_another_branch_is_refused(engine: dd.Engine, tmp_path: Path) -> None:
                 beam.resume(path, wrong)
         with wanted, beam.resume(path, same) as result:
             assert result.tree.to_json() == wanted.tree.to_json()
+
+
+def test_an_altered_journal_is_refused(engine: dd.Engine, tmp_path: Path) -> None:
+    """A changed bit, a line less and two lines swapped, wherever: it is never gone on from to another result."""
+    beam = program(dd.Beam(depth=2))
+    path = tmp_path / "run.jsonl"
+    wanted = tree_of(beam.run(engine, "Go.", state=Sum(), seed=7, journal=path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    altered = [b"".join([*lines[:at], *lines[at + 1 :]]) for at in range(1, len(lines) - 1)]
+    altered += [b"".join([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]]) for at in range(1, len(lines) - 1)]
+    whole = b"".join(lines)
+    altered += [
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(lines[0]), len(whole) - 1, 31)
+    ]
+    for content in altered:
+        path.write_bytes(content)
+        with pytest.raises(dd.SnapshotError, match=r"line \d+ of .*run.jsonl is not what was written"):
+            beam.resume(path, engine)
+        assert path.read_bytes() == content
+    path.write_bytes(whole)
+    assert tree_of(beam.resume(path, engine)) == wanted
+
+
+def test_a_line_may_hold_half_a_character() -> None:
+    """A tool's broken output may end up in one; it is written and read as it is."""
+    written, seal = sealed({"text": "a\udc80 \u2028 é"}, "before")
+    assert unsealed(written, "before") == ({"text": "a\udc80 \u2028 é"}, seal)
+    with pytest.raises(ValueError, match="does not fit its seal"):
+        unsealed(written, "another")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no json\n", b'{"a": 1}\n', b"[1]\n"])

@@ -375,7 +375,7 @@ def test_leaves_stand_at_the_end_best_first(engine: dd.Engine) -> None:
         (lambda engine: LOOSE.run(engine, 3, state=Sum()), "the prompt is 3"),
         (lambda engine: LOOSE.run("engine", "Go.", state=Sum()), "runs on an Engine or a Branch"),
         (lambda engine: summing.run(engine, "Go.", state=Sum(), budget=dd.Budget(tokens=0)), "allows nothing"),
-        (lambda engine: summing.map(engine, [], concurrency=0), "give 1 or more"),
+        (lambda engine: summing.map(engine, [], concurrency=0), "1 or more"),
     ],
 )
 def test_runs_that_cannot_begin_are_refused(

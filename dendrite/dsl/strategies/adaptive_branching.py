@@ -87,7 +87,9 @@ class AdaptiveBranching(Strategy[AdaptiveBranchingState]):
 
     def check(self, facts: ProgramFacts) -> None:
         """Refuse counts below 1, and a program without a score."""
-        check_counts(self, iterations=self.iterations, parallel=self.parallel, depth=self.depth or 1)
+        check_counts(self, iterations=self.iterations, parallel=self.parallel)
+        if self.depth is not None:
+            check_counts(self, depth=self.depth)
         check_has_score(self, facts, "to learn from")
 
     def begin(self, root: Candidate, seed: int = 0) -> AdaptiveBranchingState:
@@ -178,6 +180,6 @@ class AdaptiveBranching(Strategy[AdaptiveBranchingState]):
 
     def __str__(self) -> str:
         options = [str(self.iterations)]
-        options += [f"parallel={self.parallel}"] if self.parallel > 1 else []
+        options += [f"parallel={self.parallel}"] if self.parallel != 1 else []
         options += [] if self.depth is None else [f"depth={self.depth}"]
         return f"AdaptiveBranching({', '.join(options)})"

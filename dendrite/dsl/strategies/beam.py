@@ -16,6 +16,7 @@ from dendrite.dsl.strategies.base import (
     Strategy,
     Told,
 )
+from dendrite.dsl.strategies.common import check_counts
 from dendrite.dsl.types import StepId
 from dendrite.engine.errors import ProgramError
 
@@ -64,8 +65,7 @@ class Beam(Strategy[BeamState]):
 
     def check(self, facts: ProgramFacts) -> None:
         """Refuse a depth below 1, and a program in which nothing tells one node from another."""
-        if self.depth < 1:
-            raise ProgramError(f"Beam(depth={self.depth}) takes no step: give 1 or more")
+        check_counts(self, depth=self.depth)
         if facts.keep is not None and not (facts.has_score or facts.has_selector):
             raise ProgramError(f"Beam with prune(keep={facts.keep}) needs a @score to know which {facts.keep} to keep")
         if not (facts.has_score or facts.has_selector or facts.has_observe):

@@ -84,4 +84,4 @@ class BestFirst(Strategy[BestFirstState]):
         return {state.best.id, *(node.id for node in state.open)}
 
     def __str__(self) -> str:
-        return f"BestFirst({self.max_nodes}" + (f", parallel={self.parallel})" if self.parallel > 1 else ")")
+        return f"BestFirst({self.max_nodes}" + (f", parallel={self.parallel})" if self.parallel != 1 else ")")

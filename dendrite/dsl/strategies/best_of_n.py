@@ -117,7 +117,7 @@ class BestOfN(Strategy[BestOfNState], Generic[S]):
         if self.vote is not None:
             options.append(f"vote={getattr(self.vote, '__name__', self.vote)}")
         options += ["weighted=True"] if self.weighted else []
-        options += [f"depth={self.depth}"] if self.depth > 1 else []
+        options += [f"depth={self.depth}"] if self.depth != 1 else []
         return f"BestOfN({', '.join(options)})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dendrite.dsl.strategies.base import Candidate, ProgramFacts, Strategy
+from dendrite.engine.arguments import is_whole
 from dendrite.engine.errors import ProgramError
 
 
@@ -18,7 +19,7 @@ def check_counts(strategy: Strategy, **counts: object) -> None:
         ProgramError: names the argument.
     """
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if not is_whole(count) or count < 1:
             raise ProgramError(f"{strategy}: {name}={count!r} cannot be used: give a whole number, 1 or more")
 
 

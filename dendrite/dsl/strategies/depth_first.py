@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, ProgramFacts, Strategy, Told
 from dendrite.dsl.strategies.common import check_counts, check_has_score, check_tells_apart
 from dendrite.dsl.types import StepId
+from dendrite.engine.arguments import as_number
+from dendrite.engine.errors import ProgramError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class DepthFirst(Strategy[DepthFirstState]):
         check_counts(self, depth=self.depth)
         check_tells_apart(self, facts)
         if self.threshold is not None:
+            if as_number(self.threshold) is None or math.isnan(self.threshold):
+                raise ProgramError(f"{self}: threshold={self.threshold!r} cannot be used: give a number, or None")
             check_has_score(self, facts, "to hold against the threshold")
 
     def begin(self, root: Candidate, seed: int = 0) -> DepthFirstState:

@@ -16,7 +16,7 @@ from dendrite.dsl.strategies.base import (
     Told,
 )
 from dendrite.dsl.strategies.mcts import MCTS, MCTSState
-from dendrite.dsl.types import Prompt, StepId
+from dendrite.dsl.types import Prompt, StepId, is_prompt
 from dendrite.engine.errors import ProgramError
 
 
@@ -61,7 +61,7 @@ class LATS(Strategy[LATSState]):
     def check(self, facts: ProgramFacts) -> None:
         """Refuse what `MCTS` refuses, an empty question, and a program in which nothing can fail."""
         self.search.check(facts)
-        if not self.reflect:
+        if not (self.reflect and is_prompt(self.reflect)):
             raise ProgramError(f"{self} asks nothing about failures: give reflect=, or use MCTS")
         if not facts.has_observe:
             raise ProgramError(f"{self} needs an @observe that says what is terminal: without one nothing ever fails")

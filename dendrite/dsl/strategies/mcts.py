@@ -11,7 +11,8 @@ from typing import Literal
 from dendrite.dsl.strategies.base import Ask, Candidate, Expand, Expanded, ProgramFacts, Strategy, Told
 from dendrite.dsl.strategies.common import best_of, check_counts, check_has_score
 from dendrite.dsl.strategies.visits import Tree, Visited, backed_up, expanded, leaf_by, pending
-from dendrite.dsl.types import StepId
+from dendrite.dsl.types import StepId, as_finite
+from dendrite.engine.arguments import is_whole
 from dendrite.engine.errors import ProgramError
 
 
@@ -84,15 +85,18 @@ class MCTS(Strategy[MCTSState]):
 
     def check(self, facts: ProgramFacts) -> None:
         """Refuse counts out of range, unknown rules, and a program without a score."""
-        check_counts(self, iterations=self.iterations, parallel=self.parallel, depth=self.depth or 1)
+        check_counts(self, iterations=self.iterations, parallel=self.parallel)
+        if self.depth is not None:
+            check_counts(self, depth=self.depth)
         check_has_score(self, facts, "to back up")
         if self.rule not in ("uct", "puct"):
             raise ProgramError(f'{self}: rule={self.rule!r} is unknown: give "uct" or "puct"')
         if self.backup not in ("mean", "max"):
             raise ProgramError(f'{self}: backup={self.backup!r} is unknown: give "mean" or "max"')
-        if not (math.isfinite(self.exploration) and self.exploration >= 0):
+        exploration = as_finite(self.exploration)
+        if exploration is None or exploration < 0:
             raise ProgramError(f"{self}: exploration={self.exploration!r} cannot be used: give 0 or more")
-        if self.rollout < 0:
+        if not is_whole(self.rollout) or self.rollout < 0:
             raise ProgramError(f"{self}: rollout={self.rollout!r} cannot be used: give a whole number, 0 or more")
 
     def begin(self, root: Candidate, seed: int = 0) -> MCTSState:
@@ -168,7 +172,8 @@ class MCTS(Strategy[MCTSState]):
 
     def _prior(self, state: MCTSState, parent: Visited, child: Visited) -> float:
         siblings = [state.tree[other].node for other in parent.children or ()]
-        return _mass(child.node) / sum(map(_mass, siblings))
+        whole = sum(map(_mass, siblings))
+        return _mass(child.node) / whole if whole else 1 / len(siblings)
 
     def best(self, state: MCTSState) -> StepId:
         """The goal, else the highest value seen."""

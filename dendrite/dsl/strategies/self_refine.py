@@ -17,7 +17,7 @@ from dendrite.dsl.strategies.base import (
     Told,
 )
 from dendrite.dsl.strategies.common import best_of, check_counts
-from dendrite.dsl.types import Prompt, StepId
+from dendrite.dsl.types import Prompt, StepId, is_prompt
 from dendrite.engine.errors import ProgramError
 
 
@@ -56,6 +56,8 @@ class SelfRefine(Strategy[SelfRefineState]):
     def check(self, facts: ProgramFacts) -> None:
         """Refuse fewer than 1 round, and a program in which nobody criticises."""
         check_counts(self, rounds=self.rounds)
+        if self.critique is not None and not (self.critique and is_prompt(self.critique)):
+            raise ProgramError(f"{self}: critique={self.critique!r} is no question: give text, or chat messages")
         if self.critique is None and not facts.has_observe:
             raise ProgramError(
                 f"in {self} nobody says what is wrong with a draft: give critique=, or an @observe that appends it"
