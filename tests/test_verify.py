@@ -91,15 +91,16 @@ def test_broken_engine_is_a_miss(folder: Path) -> None:
     assert {row.verdict for row in report.rows if row.group == "greedy"} == {"miss"}
 
 
-def test_bfloat16_is_held_to_what_transformers_loses(folder: Path) -> None:
-    """In bfloat16 a sound engine passes, and a broken one does not."""
-    assert verify(str(folder), dtype="bfloat16").ok
-    assert not verify(str(folder), dtype="bfloat16", load=badly_broken).ok
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_held_to_what_transformers_loses(folder: Path, dtype: str) -> None:
+    """A sound engine passes, and a broken one does not."""
+    assert verify(str(folder), dtype=dtype).ok
+    assert not verify(str(folder), dtype=dtype, load=badly_broken).ok
 
 
 def test_other_dtypes_are_refused(folder: Path) -> None:
     """A dtype that nothing is promised for is an error that names those that are."""
-    with pytest.raises(RequestError, match="float32 or bfloat16"):
+    with pytest.raises(RequestError, match="float32, bfloat16 or float16"):
         verify(str(folder), dtype="int4")
 
 

@@ -24,7 +24,7 @@ def verify(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid of cases: many minutes.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or cuda:1.")] = "cpu",
     golden: Annotated[Path | None, typer.Option(help="Compare with this folder's golden file instead.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the golden file anew.")] = False,

@@ -34,7 +34,8 @@ def ranked(steps: Sequence[Step]) -> list[Step]:
 def _survivors(run: Run, function: Function, candidates: Sequence[Step], said: object) -> list[Step]:
     nodes = listed(said)
     given = [Node(step) for step in candidates]
-    if nodes is None or not all(isinstance(node, Node) and node in given for node in nodes):
+    known = set(given)
+    if nodes is None or not all(isinstance(node, Node) and node in known for node in nodes):
         raise function.failed(f"returned {said!r}, not a list of nodes it was given", given)
     steps = [run.step_of(node) for node in nodes if isinstance(node, Node)]
     if len(set(map(id, steps))) < len(steps):

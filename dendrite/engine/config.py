@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, 
 from dendrite.engine.constraints import Constraint
 from dendrite.engine.errors import RequestError
 
-DtypeName = Literal["auto", "float32", "bfloat16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Integrity = Literal["off", "canary", "checksum"]
 
 
@@ -165,7 +165,7 @@ class EngineConfig(_Settings):
 
     kind: ClassVar[str] = "an engine setting"
 
-    dtype: DtypeName = Field("auto", description='give "auto", "float32" or "bfloat16"')
+    dtype: DtypeName = Field("auto", description='give "auto", "float32", "bfloat16" or "float16"')
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='give "auto", "cpu", "cuda" or "cuda:1"'
     )

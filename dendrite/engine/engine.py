@@ -83,7 +83,7 @@ class Engine:
 
         Args:
             name: a short name (`dendrite models` lists them), a hub id, or a folder that Transformers can read.
-            dtype: of weights and K/V: "float32" or "bfloat16"; "auto" is the dtype the weights were saved in
+            dtype: of weights and K/V: "float32", "bfloat16" or "float16"; "auto" is the dtype the weights were saved in
                 where the device computes in it natively, else float32.
             device: "cpu", "cuda", "cuda:1" and so on; "auto" is the first CUDA device, or the CPU where there is none.
             kv_memory: bytes of K/V, or a string such as "2GiB": a hard limit; None is a quarter of the free memory, of

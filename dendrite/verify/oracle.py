@@ -10,9 +10,9 @@ from functools import cache, partial
 from dendrite.engine.errors import RequestError
 from dendrite.engine.models import load_model
 from dendrite.engine.registry import ModelStore
-from dendrite.verify import bfloat16, cases
-from dendrite.verify.bfloat16 import LEAST
-from dendrite.verify.bfloat16 import LOSS as BFLOAT16_LOSS
+from dendrite.verify import cases, half
+from dendrite.verify.half import LEAST
+from dendrite.verify.half import LOSS as HALF_LOSS
 from dendrite.verify.judge import LOSS, TIE, TOLERANCE, Expected, judge_worst
 from dendrite.verify.pins import pins_of
 from dendrite.verify.prompts import Prompt, make_prompts
@@ -63,18 +63,18 @@ def verify(
     Args:
         name: a short name, a hub id or a folder.
         full: the whole grid of set-ups, forks at every offset, the reference prompt by prompt; minutes, not a minute.
-        dtype: "float32": tokens equal and logits within 1e-4; "bfloat16": logits within twice what Transformers' own
-            bfloat16 loses.
+        dtype: "float32": tokens equal and logits within 1e-4; "bfloat16" or "float16": logits within twice what
+            Transformers' own run in it loses.
         device: where the engine runs, "cpu" or "cuda"; the reference runs on the CPU.
         progress: told what runs now.
         load: how the engine's copy is loaded; a test of this command gives it a broken one.
 
     Raises:
-        RequestError: `dtype` is neither of the two.
+        RequestError: `dtype` is none of these.
         ModelError: no such model, or one that the engine refuses.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise RequestError(f"dtype={dtype!r} cannot be verified: give float32 or bfloat16")
+    if dtype != "float32" and dtype not in LEAST:
+        raise RequestError(f"dtype={dtype!r} cannot be verified: give float32, bfloat16 or float16")
     began = time.monotonic()
     progress = progress or _silence
     progress("loading the reference")
@@ -87,7 +87,7 @@ def verify(
         if dtype == "float32":
             rows = list(_main_rows(run, subject))
         else:
-            rows = list(_bfloat16_rows(run, subject, Reference(folder, dtype=dtype)))
+            rows = list(_half_rows(run, subject, Reference(folder, dtype=dtype)))
     if dtype == "float32":
         rows += _setup_rows(run)
         if device != "cpu":
@@ -97,8 +97,8 @@ def verify(
 
 def tolerances(dtype: str) -> dict[str, str]:
     """What is allowed in a dtype, by what is compared."""
-    if dtype == "bfloat16":
-        return {"logits": f"{LEAST:g}, or {BFLOAT16_LOSS:g} times the error of Transformers' own bfloat16"}
+    if dtype in LEAST:
+        return {"logits": f"{LEAST[dtype]:g}, or {HALF_LOSS:g} times the error of Transformers' own {dtype}"}
     return {
         "tokens": f"equal, unless the reference puts them within {TIE:g}",
         "logits": f"{TOLERANCE:g}, or {LOSS:g} times as far from float64 as the reference",
@@ -183,7 +183,7 @@ def _drawn_rows(run: _Run) -> Iterator[Row]:
             yield cases.drawn(expected, out.token_ids)
 
 
-def _bfloat16_rows(run: _Run, subject: Subject, halved: Reference) -> Iterator[Row]:
+def _half_rows(run: _Run, subject: Subject, halved: Reference) -> Iterator[Row]:
     for expected in run.expected:
-        run.progress(f"bfloat16: {expected.prompt.name}")
-        yield from bfloat16.forced(subject, halved, expected, num_tokens=NUM_TOKENS if run.full else 16)
+        run.progress(f"{subject.engine.spec.dtype}: {expected.prompt.name}")
+        yield from half.forced(subject, halved, expected, num_tokens=NUM_TOKENS if run.full else 16)
