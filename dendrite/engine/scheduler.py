@@ -79,6 +79,8 @@ class Scheduler:
         Raises:
             OutOfBlocks: it could not.
         """
+        if demand(self._tree.pool, wanted) <= self._tree.pool.num_free:
+            return  # it fits beside all that is there, which is quicker to tell on a long path
         needed = footprint(self._tree.pool, wanted)
         if needed > self._tree.pool.num_total:
             raise self._refusal(needed, [tip for tip, _, _ in wanted])
