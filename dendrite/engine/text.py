@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer as Backend
 
+from dendrite.engine.arguments import checked_text
 from dendrite.engine.chat import check_messages, conversation_ids
 from dendrite.engine.errors import ModelError, RequestError
 from dendrite.engine.messages import Message
@@ -172,19 +173,9 @@ class HFTokenizer:
 def _encoded(backend: Backend, text: str, *, bos: bool) -> list[int]:
     try:
         return backend.encode(text, add_special_tokens=bos).ids
-    except TypeError as error:  # all that the library says is that it wants a `str`
-        if not isinstance(text, str):
-            raise RequestError(f"{text!r} cannot be encoded: give a string") from error
-        raise RequestError(
-            f"the text holds half a surrogate pair, which no tokenizer can encode: {_half_pair(text)!r}; replace it, "
-            'for example with text.encode(errors="replace").decode()'
-        ) from error
-
-
-def _half_pair(text: str) -> str:
-    """The first one with what stands around it."""
-    at = next((index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
-    return text[max(at - 10, 0) : at + 10]
+    except TypeError:  # all that the library says is that it wants a `str`
+        checked_text(text, "text")
+        raise
 
 
 def _description(backend: Backend) -> dict[str, object]:
