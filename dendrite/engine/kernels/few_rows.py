@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dendrite.engine.kernels.compiled import CudaKernel, compiled
+from dendrite.engine.kernels.nvrtc import CudaKernel, compiled
 
 BLOCK = 64
 """Inputs that the kernel takes at a time; their number must be a multiple of it."""

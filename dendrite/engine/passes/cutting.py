@@ -16,8 +16,8 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from dendrite.engine.kernels.compiled import MAX_SHARED_BYTES
 from dendrite.engine.kernels.few_rows import BLOCK, ROWS, Cut, prepare, row_tiles
+from dendrite.engine.kernels.nvrtc import MAX_SHARED_BYTES
 from dendrite.engine.passes.stream import LONE_ROW, Projection
 from dendrite.engine.passes.tuning import MARGIN, is_close
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from dendrite.engine.attention.base import AttentionStep
-from dendrite.engine.kernels.compiled import can_compile
 from dendrite.engine.kernels.norm import add_rms_norm
+from dendrite.engine.kernels.nvrtc import can_compile
 from dendrite.engine.kernels.rotary import rotate_and_keep
 from dendrite.engine.passes.cutting import cut_products
 from dendrite.engine.passes.families import is_recognised, take_layers

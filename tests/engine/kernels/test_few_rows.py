@@ -34,8 +34,8 @@ def test_the_kernel_compiles(
 ) -> None:
     """For a Hopper, by the runtime compiler, without a device."""
     pytest.importorskip("cuda.bindings", reason="NVRTC's bindings are made for Linux")
-    from dendrite.engine.kernels.compiled import cubin
     from dendrite.engine.kernels.few_rows import operands
+    from dendrite.engine.kernels.nvrtc import cubin
 
     switches = {"GATED": int(is_gated), "PARTS": int(is_sums), "IS_HALF": int(is_half)}
     constants = {"G": 2, "LONG": 2, "STAGES": 3, **switches, **operands(row_tiles)}
@@ -45,7 +45,7 @@ def test_the_kernel_compiles(
 def test_what_does_not_compile_says_why(device: torch.device) -> None:
     """The error holds the compiler's messages."""
     pytest.importorskip("cuda.bindings", reason="NVRTC's bindings are made for Linux")
-    from dendrite.engine.kernels.compiled import CompileError, cubin
+    from dendrite.engine.kernels.nvrtc import CompileError, cubin
 
     with pytest.raises(CompileError, match=r"few_rows\.cu does not compile"):
         cubin("few_rows.cu", [], "sm_90a")
@@ -53,8 +53,8 @@ def test_what_does_not_compile_says_why(device: torch.device) -> None:
 
 def random_cut(rng: random.Random, num_rows: int, *, num_splits: int) -> Cut:
     """One that fits a block's shared memory."""
-    from dendrite.engine.kernels.compiled import MAX_SHARED_BYTES
     from dendrite.engine.kernels.few_rows import Cut
+    from dendrite.engine.kernels.nvrtc import MAX_SHARED_BYTES
 
     while True:
         cut = Cut(rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([2, 3, 5]), num_splits)
@@ -76,8 +76,8 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_gated: bool) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_those_of_float32(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Any number of rows, odd widths, all cuts; what lies beside the weight and the rows is poison."""
-    from dendrite.engine.kernels.compiled import can_compile
     from dendrite.engine.kernels.few_rows import few_rows_linear, few_rows_sums
+    from dendrite.engine.kernels.nvrtc import can_compile
 
     if not can_compile(device):
         pytest.skip("the kernel is made for a Hopper with cuda-bindings, this is another device")

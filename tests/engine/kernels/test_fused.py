@@ -104,8 +104,8 @@ def test_a_few_rows_through_the_kernel_change_nothing(
     family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all products cut, in parts where they may be, a step's hidden states are those through the BLAS."""
-    from dendrite.engine.kernels.compiled import can_compile
     from dendrite.engine.kernels.few_rows import Cut
+    from dendrite.engine.kernels.nvrtc import can_compile
     from dendrite.engine.passes import stream
 
     if not can_compile(device):  # no interpreter runs CUDA C++; what stands around the kernel is tested all the same

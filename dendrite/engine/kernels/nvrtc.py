@@ -1,8 +1,9 @@
 """Kernels in CUDA C++, compiled when they are first needed by the runtime compiler that comes with PyTorch.
 
-Triton lays out what a program holds as it likes; a kernel that must say which register gets which number is written in
-CUDA C++, in a `.cu` file beside the module that launches it. There is no compiler to install: NVRTC is a library of
-PyTorch's CUDA builds, and `cuda-bindings`, in the extra `cuda`, calls it.
+Triton decides itself when a program's loads start; a kernel that lives from having enough of them on their way, from
+before the kernel in front has ended, is written in CUDA C++, in a `.cu` file beside the module that launches it. There
+is no compiler to install: NVRTC is a library of PyTorch's CUDA builds, and `cuda-bindings`, in the extra `cuda`, calls
+it.
 """
 
 from __future__ import annotations
