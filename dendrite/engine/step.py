@@ -53,8 +53,8 @@ class StepBuilder:
     """Collects runs that can share one forward pass.
 
     Two rules keep `plan_runs` simple and copies right. A node has one kept run, which ends where everybody who needs
-    it in this step needs it. A node whose block must be copied waits a step if its parent's run is in this one, since
-    copies are made before the pass.
+    it in this step needs it. A node whose block must be copied waits a step if its parent's run in this one computes
+    some of what is copied, since copies are made before the pass.
     """
 
     def __init__(self, tree: KVTree, pressure: Pressure, busy: Sequence[Tip] = ()) -> None:
@@ -177,7 +177,7 @@ class StepBuilder:
 
     def _move_in(self, node: KVNode) -> bool:
         """Puts stored K/V back into the pool, unless it has to wait for a step that computes what lies before it."""
-        if node.parent is not None and node.parent.node_id in self._runs and self._tree.needs_copy(node):
+        if self._copies_from_this_step(node):
             return False
         self._pressure.move_in(node)
         return True
@@ -196,14 +196,23 @@ class StepBuilder:
         known = self._runs.get(node.node_id)
         if known is not None:
             return known if known.end == upto else None
-        parent_runs = node.parent is not None and node.parent.node_id in self._runs
-        if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):
+        if budget <= 0 or self._copies_from_this_step(node):
             return None
         run = Run(node, node.num_computed, min(upto, node.num_computed + budget))
         self._copies += self._tree.place(node, run.end)
         self._runs[node.node_id] = run
         self._num_rows += run.num_rows
         return run
+
+    def _copies_from_this_step(self, node: KVNode) -> bool:
+        """Whether the node's block is a copy of one for which this step computes some of what is to be copied.
+
+        A parent that only goes on behind where the node begins does not keep it waiting: it may do so for long.
+        """
+        parent = node.parent
+        if parent is None or parent.node_id not in self._runs or parent.num_computed >= node.offset:
+            return False
+        return self._tree.needs_copy(node)
 
     def _reads(self, first_output: dict[int, int]) -> Iterator[Read]:
         for request, source, row, candidate, index in self._waiting:

@@ -137,7 +137,7 @@ MUTATIONS = (
     Mutation(
         "a copy is made before its source is computed",
         "step",
-        "if budget <= 0 or (parent_runs and self._tree.needs_copy(node)):",
+        "if budget <= 0 or self._copies_from_this_step(node):",
         "if budget <= 0:",
     ),
     Mutation(

@@ -69,6 +69,24 @@ def test_a_copy_waits_for_the_tokens_it_copies() -> None:
     tree.check_integrity()
 
 
+def test_a_copy_does_not_wait_for_a_parent_that_goes_on() -> None:
+    """What it copies is there: branches of one prompt decode in one step, whoever writes on in its block."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2])
+    (request,) = generate(scheduler, root)
+    step(scheduler)
+    scheduler.remove(request)
+    fork = tree.fork(root)
+    tree.extend(root, [3])
+    tree.extend(fork, [4])
+    requests = generate(scheduler, root, fork)
+    found = step(scheduler)
+    assert found.batch is not None
+    assert (found.num_rows, len(found.batch.copies)) == (2, 1)
+    assert [read.request for read in found.reads] == requests
+    tree.check_integrity()
+
+
 def test_a_score_reads_every_candidate_in_one_pass_and_leaves_nothing() -> None:
     """Three candidates of 1, 2 and 3 tokens: 0 + 1 + 2 sibling rows, 1 + 2 + 3 reads, no block afterwards."""
     tree, scheduler = make()
