@@ -106,10 +106,9 @@ class Grammars:
         matcher = LLMatcher(self._vocabulary(), grammar_of(constraint), log_level=0, limits=_limits())
         if matcher.is_error():
             raise ConstraintError(f"{constraint} cannot be used: {_message(matcher)}")
-        tried = matcher.deep_copy()
-        tried.compute_bitmask()  # a grammar that allows nothing shows here, and what it computes serves all forks
-        if tried.is_error():
-            raise ConstraintError(f"{constraint} cannot be used: it allows no text at all ({_message(tried)})")
+        matcher.compute_bitmask()  # a grammar that allows nothing shows here, and what this computes serves all forks
+        if matcher.is_error():
+            raise ConstraintError(f"{constraint} cannot be used: it allows no text at all ({_message(matcher)})")
         return Guide(constraint, matcher)
 
     def _vocabulary(self) -> LLTokenizer:
