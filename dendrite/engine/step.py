@@ -205,14 +205,17 @@ class StepBuilder:
         return run
 
     def _copies_from_this_step(self, node: KVNode) -> bool:
-        """Whether the node's block is a copy of one for which this step computes some of what is to be copied.
+        """Whether the node's block is a copy of one that this step computes some of, or copies itself.
 
         A parent that only goes on behind where the node begins does not keep it waiting: it may do so for long.
         """
         parent = node.parent
-        if parent is None or parent.node_id not in self._runs or parent.num_computed >= node.offset:
+        if parent is None or parent.node_id not in self._runs:
             return False
-        return self._tree.needs_copy(node)
+        source = self._tree.copy_source(node)
+        if source is None:
+            return False
+        return parent.num_computed < node.offset or any(source == made for _, made in self._copies)
 
     def _reads(self, first_output: dict[int, int]) -> Iterator[Read]:
         for request, source, row, candidate, index in self._waiting:

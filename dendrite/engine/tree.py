@@ -234,11 +234,13 @@ class KVTree:
         node.num_placed = last
         return copies
 
-    def needs_copy(self, node: KVNode) -> bool:
-        """Whether placing the node's next token copies a block."""
+    def copy_source(self, node: KVNode) -> BlockId | None:
+        """The block that placing the node's next token copies; None if it copies none."""
         position = node.start + node.num_placed
         tail = self._tail_block(node, position)
-        return tail is not None and not self._may_continue(node, tail, position % self.pool.block_size)
+        if tail is None or self._may_continue(node, tail, position % self.pool.block_size):
+            return None
+        return tail
 
     def check_integrity(self) -> None:
         """Asserts that every count can be derived again from tips and nodes, and free + cached + used = total."""

@@ -141,6 +141,12 @@ MUTATIONS = (
         "if budget <= 0:",
     ),
     Mutation(
+        "a copy is made of a block that is not copied yet",
+        "step",
+        "parent.num_computed < node.offset or any(source == made for _, made in self._copies)",
+        "parent.num_computed < node.offset",
+    ),
+    Mutation(
         "a row does not see its own key",
         "plan",
         "upto = int(place) + is_single",

@@ -25,6 +25,7 @@ QUICK = settings(
 DIRECTED = (
     test_cache.test_a_branch_that_goes_on_evicts_what_was_cached_behind_it,
     test_step.test_a_copy_waits_for_the_tokens_it_copies,
+    test_step.test_a_copy_waits_for_a_block_that_is_a_copy_itself,
 )
 """For what random programs of this length come upon too rarely."""
 

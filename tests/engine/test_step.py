@@ -87,6 +87,30 @@ def test_a_copy_does_not_wait_for_a_parent_that_goes_on() -> None:
     tree.check_integrity()
 
 
+def test_a_copy_waits_for_a_block_that_is_a_copy_itself() -> None:
+    """A fork went on in the root's block, so the root copies it; another fork copies the root's copy a step later."""
+    tree, scheduler = make()
+    root, _ = tree.new_root([1, 2])
+    first = tree.fork(root)
+    tree.extend(first, [3])
+    (request,) = generate(scheduler, first)
+    step(scheduler)
+    scheduler.remove(request)
+    second = tree.fork(root)
+    tree.extend(root, [4])
+    tree.extend(second, [5])
+    requests = generate(scheduler, root, second)
+    found = step(scheduler)
+    assert found.batch is not None
+    assert (found.num_rows, len(found.batch.copies)) == (1, 1)
+    assert [read.request for read in found.reads] == requests[:1]
+    scheduler.remove(requests[0])
+    later = step(scheduler)
+    assert later.batch is not None
+    assert later.batch.copies[0][0] == found.batch.copies[0][1]
+    tree.check_integrity()
+
+
 def test_a_score_reads_every_candidate_in_one_pass_and_leaves_nothing() -> None:
     """Three candidates of 1, 2 and 3 tokens: 0 + 1 + 2 sibling rows, 1 + 2 + 3 reads, no block afterwards."""
     tree, scheduler = make()

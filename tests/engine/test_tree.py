@@ -255,6 +255,6 @@ def test_a_running_writer_keeps_its_tail_block() -> None:
     child = tree.fork(root)
     tree.extend(child, [10])
     root.status = "running"
-    assert tree.needs_copy(child.node)
+    assert tree.copy_source(child.node) is not None
     root.status = "idle"
-    assert not tree.needs_copy(child.node)
+    assert tree.copy_source(child.node) is None
