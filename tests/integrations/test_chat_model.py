@@ -400,7 +400,7 @@ def test_a_loaded_engine_closes_with_its_last_lease(engine: Engine, monkeypatch:
         return made[-1]
 
     monkeypatch.setattr(Engine, "load", load)
-    one, two = ENGINES.lease(EngineSettings("some-model")), ENGINES.lease(EngineSettings("some-model"))
+    one, two = ENGINES.lease(EngineSettings("leased-model")), ENGINES.lease(EngineSettings("leased-model"))
     assert one.engine is two.engine
     one.close()
     one.close()
@@ -408,7 +408,7 @@ def test_a_loaded_engine_closes_with_its_last_lease(engine: Engine, monkeypatch:
     del two
     with pytest.raises(Exception, match="closed"):
         made[0].root("x")
-    with ENGINES.lease(EngineSettings("some-model")) as again:
+    with ENGINES.lease(EngineSettings("leased-model")) as again:
         assert again.engine is not made[0]
     assert len(made) == 2
 
@@ -416,7 +416,7 @@ def test_a_loaded_engine_closes_with_its_last_lease(engine: Engine, monkeypatch:
 def test_a_dead_engine_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who holds it learns that it has ended; whoever opens one after that gets a new one."""
     monkeypatch.setattr(Engine, "load", lambda name, **settings: scripted_engine(script))
-    with ChatDendrite(model="some-model") as chat, ChatDendrite(model="some-model") as other:
+    with ChatDendrite(model="mortal-model") as chat, ChatDendrite(model="mortal-model") as other:
         chat.open().close()
         with pytest.raises(EngineClosed):
             chat.invoke("Say.")
@@ -435,7 +435,7 @@ def test_copies_have_leases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         return made[-1]
 
     monkeypatch.setattr(Engine, "load", load)
-    with ChatDendrite(model="some-model") as chat:
+    with ChatDendrite(model="copied-model") as chat:
         chat.open()
         for copied in (
             chat.model_copy(update={"temperature": 0.0}),

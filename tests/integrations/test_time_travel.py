@@ -308,14 +308,14 @@ def test_kv_cannot_be_kept_without_a_place(engine: Engine) -> None:
 def test_a_name_outlives_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the engine of a name was closed, nodes and savers go on with a new one."""
     monkeypatch.setattr(Engine, "load", lambda name, **settings: scripted_engine(script))
-    with ENGINES.lease(EngineSettings("some-model")) as lease:
-        saver = TimeTravelSaver(InMemorySaver(), "some-model")
-        graph = ideas_graph("some-model", saver)
+    with ENGINES.lease(EngineSettings("outlived-model")) as lease:
+        saver = TimeTravelSaver(InMemorySaver(), "outlived-model")
+        graph = ideas_graph("outlived-model", saver)
         first = graph.invoke({}, thread("1"))
         assert saver.num_leases == lease.engine.stats().branches == num_paths(first)
         lease.engine.close()
         again = graph.invoke({}, thread("2"))
-        with ENGINES.lease(EngineSettings("some-model")) as new:
+        with ENGINES.lease(EngineSettings("outlived-model")) as new:
             assert new.engine is not lease.engine
             assert saver.num_leases == new.engine.stats().branches == num_paths(again)
 
