@@ -1,8 +1,8 @@
 """Linear layers over the few rows of a decoding step: the launch of `few_rows.cu`.
 
 Between one row, whose products a vector unit can do (`linear`), and the hundreds that a BLAS is made for, a step takes
-as long as its weights take to read. On an H200 a BLAS stays 6 to 72% above that for an 8B shape's products, and starts to read
-only when the kernel in front has ended.
+as long as its weights take to read. On an H200 a BLAS stays 6 to 72% above that for an 8B shape's products, and starts
+to read only when the kernel in front has ended.
 """
 
 from __future__ import annotations
