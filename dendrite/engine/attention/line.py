@@ -29,6 +29,9 @@ STRIP_COST, GATHER_COST = 2, 3
 MAX_UNEVEN = 1.2
 """Pairs are not cut if so the largest share is at most this many times the mean: programs that walk along the same keys
 side by side find them in the cache, and nothing is left to merge."""
+PAIR_COST = 6
+"""Of going on with another pair: its queries, its first keys and its result are waited for once more. So shares begin
+where pairs do if that makes none longer by more than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +116,29 @@ class _Cut:
         costs = _bounds_of(tile_costs.repeat(self._heads))
         total = int(costs[-1])
         shares = max(1, min(tiling.num_programs, total // (STRIP_COST * tiling.min_share)))
-        cuts = np.arange(shares + 1) * total // shares
-        whole = (costs[:-1] + costs[1:]).searchsorted(2 * cuts)  # the pair that starts nearest to each cut
+        even = np.arange(shares + 1) * total // shares
+        whole = (costs[:-1] + costs[1:]).searchsorted(2 * even)  # the pair that starts nearest to each cut
         if int(_steps_of(costs[whole]).max()) * shares <= MAX_UNEVEN * total:
             uncut: Ints = self._pair_starts[whole]
             return uncut
+        per_tile = _shares_of(tile_costs, shares // self._heads)
+        if per_tile is None or (tile_costs / per_tile).max() > total / shares + PAIR_COST:
+            return self._in_blocks(even, costs)
+        per_pair = per_tile.repeat(self._heads)
+        pair = np.arange(len(per_pair)).repeat(per_pair)
+        number = np.arange(len(pair)) - _bounds_of(per_pair)[pair]  # of the share among its pair's
+        cuts = costs[pair] + number * _steps_of(costs)[pair] // per_pair[pair]
+        return self._in_blocks(np.append(cuts, total), costs)
+
+    def _in_blocks(self, cuts: Ints, costs: Ints) -> Ints:
+        """Cuts at costs as cuts between blocks; `costs` are those that pairs begin at."""
         pair = np.minimum(costs.searchsorted(cuts, side="right") - 1, len(costs) - 2)
         tile = pair // self._heads
         cost, num_strips = cuts - costs[pair], self._num_strips[tile]
         in_strips = np.minimum(cost // STRIP_COST, num_strips)
         in_gathers = np.maximum(cost - STRIP_COST * num_strips, 0) // GATHER_COST
-        cut: Ints = self._pair_starts[pair] + in_strips + in_gathers
-        return cut
+        blocks: Ints = self._pair_starts[pair] + in_strips + in_gathers
+        return blocks
 
     def items(self) -> Packed:
         """[num_items, ITEM_FIELDS]."""
@@ -152,6 +166,18 @@ class _Cut:
         pairs[:, 1] = self._per_pair
         pairs[:, 2] = self._bounds[:-1].repeat(self._heads)
         return pairs
+
+
+def _shares_of(costs: Ints, num_shares: int) -> Ints | None:
+    """How many shares of its own each tile gets: few, and the largest small; None if there are fewer than tiles."""
+    shares = np.maximum(costs * num_shares // max(1, int(costs.sum())), 1)
+    if (left := num_shares - int(shares.sum())) < 0:
+        return None
+    for _ in range(left):
+        shares[(costs / shares).argmax()] += 1
+    longest = -(-(-(-costs // shares)).max() // STRIP_COST) * STRIP_COST  # in whole blocks
+    enough: Ints = np.maximum(-(-costs // longest), 1)
+    return enough
 
 
 def _bounds_of(counts: Ints) -> Ints:

@@ -33,10 +33,10 @@ CAPACITY = 1 << 18
 """Numbers of the static buffer: 1 MiB, enough for half a million gathered keys."""
 ENTRY_KEYS = 8
 """Keys of an entry: short enough that single-token nodes waste little of a block."""
-MERGE_WIDTH = 16
-"""Partial results that are loaded at once."""
-MERGE_WARPS = 2
-"""So few that all programs of a step fit the device at once."""
+MERGE = (8, 1)
+"""Partial results that a merging program loads at once, and its warps: so few that all of a step fit the device."""
+MERGE_OF_FEW = (32, 4)
+"""The same where there are fewer programs than processors."""
 LOG2_E = 1.4426950408889634
 INTERPRETER_PROCESSORS = 3
 """What the interpreter pretends to have: few, so that tests are quick, and more than one, so that work is cut."""
@@ -59,7 +59,8 @@ class TritonTreeAttention(AttentionBackend):
         device = pool.data.device
         self._group = spec.num_heads // spec.num_kv_heads
         self._configs = (config,) if config is not None else forms_for(spec.dtype, self._group)
-        self._forms = [self._form(config, _num_processors(device)) for config in self._configs]
+        self._num_processors = _num_processors(device)
+        self._forms = [self._form(config) for config in self._configs]
         self._form_index = 0
         num_lanes = max(form.num_lanes for form in self._forms)
         self._partials = torch.empty((num_lanes, spec.head_dim), dtype=torch.float32, device=device)
@@ -116,6 +117,8 @@ class TritonTreeAttention(AttentionBackend):
             num_warps=config.num_warps,
             **overlap(query.device),
         )
+        num_merges = query.shape[0] * spec.num_heads
+        width, num_warps = MERGE if num_merges > self._num_processors else MERGE_OF_FEW
         merge_partials[query.shape[0], spec.num_heads](
             output,
             self._partials,
@@ -125,8 +128,8 @@ class TritonTreeAttention(AttentionBackend):
             GROUP=self._group,
             HEAD_DIM=spec.head_dim,
             BLOCK_M=config.block_m,
-            WIDTH=MERGE_WIDTH,
-            num_warps=MERGE_WARPS,
+            WIDTH=width,
+            num_warps=num_warps,
             **overlap(query.device),
         )
         return output
@@ -138,9 +141,9 @@ class TritonTreeAttention(AttentionBackend):
             self._listed = (plan, index, build(plan, self._forms[index].tiling))
         return self._listed[1:]
 
-    def _form(self, config: KernelConfig, num_processors: int) -> _Form:
+    def _form(self, config: KernelConfig) -> _Form:
         tiling = Tiling(
-            num_programs=num_processors * config.programs_per_processor,
+            num_programs=self._num_processors * config.programs_per_processor,
             num_kv_heads=self.spec.num_kv_heads,
             tile_rows=config.block_m // self._group,
             block_keys=config.block_n,

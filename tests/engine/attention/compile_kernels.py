@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from dendrite.engine.attention.forms import APART, FULL_PRECISION, SHORT, WIDE, KernelConfig
 from dendrite.engine.attention.tree_kernel import attend_items, merge_partials
-from dendrite.engine.attention.triton_tree import MERGE_WARPS, MERGE_WIDTH
+from dendrite.engine.attention.triton_tree import MERGE, MERGE_OF_FEW
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -50,17 +50,18 @@ def compile_attend(config: KernelConfig, dtype: str, *, head_dim: int, group: in
     _compile(attend_items, signature, constants, config.num_warps)
 
 
-def compile_merge(config: KernelConfig, dtype: str, *, head_dim: int, group: int) -> None:
+def compile_merge(config: KernelConfig, dtype: str, merge: tuple[int, int], *, head_dim: int, group: int) -> None:
+    width, num_warps = merge
     constants: dict[str, object] = {
         "NUM_KV_HEADS": 8,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
-        "WIDTH": MERGE_WIDTH,
+        "WIDTH": width,
         "PDL": True,
     }
     signature = {"output": f"*{dtype}", "partials": "*fp32", "partial_lse": "*fp32", "work": "*i32"}
-    _compile(merge_partials, signature, constants, MERGE_WARPS)
+    _compile(merge_partials, signature, constants, num_warps)
 
 
 def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, object], num_warps: int) -> None:  # noqa: ANN401 - Triton's
@@ -81,4 +82,5 @@ if __name__ == "__main__":
     for form in (WIDE, SHORT, APART):
         compile_attend(form, "bf16", head_dim=128, group=4, entry_keys=8)
     compile_attend(FULL_PRECISION, "fp32", head_dim=64, group=3, entry_keys=8)
-    compile_merge(WIDE, "bf16", head_dim=128, group=4)
+    for merge in (MERGE, MERGE_OF_FEW):
+        compile_merge(WIDE, "bf16", merge, head_dim=128, group=4)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dendrite.engine.attention.line import GATHER_COST, MAX_UNEVEN, STRIP_COST, Tiling, cut_line
+from dendrite.engine.attention.line import GATHER_COST, MAX_UNEVEN, PAIR_COST, STRIP_COST, Tiling, cut_line
 from dendrite.engine.attention.worklist import HEADER_FIELDS, WorkList, build
 from dendrite.engine.batch import Plan, Segment
 from tests.engine.attention import conformance
@@ -123,6 +123,29 @@ def test_many_equal_pairs_are_not_cut() -> None:
     given = shares(work)
     assert work.line.num_partials == 0
     assert max(given) * len(given) <= MAX_UNEVEN * sum(given)
+
+
+def test_shares_begin_where_pairs_do() -> None:
+    """If that makes none much longer: no program then waits for another pair's queries and first keys."""
+    work = build(fan(8, 1024, 40), replace(TILING, num_programs=13))  # 2 tiles x 2 heads, so 3 programs each
+    assert np.diff(work.line.starts).max() == 1
+    assert set(work.line.pairs[:, 1].tolist()) == {3}
+    given = [share for share in shares(work) if share]
+    assert len(given) == 12
+    assert max(given) <= sum(given) / 13 + PAIR_COST + GATHER_COST
+
+
+def test_shares_cross_pairs_where_they_would_come_out_uneven() -> None:
+    """Three programs for two pairs: each has two thirds of one."""
+    work = build(fan(4, 1024, 40), replace(TILING, num_programs=3))
+    assert work.line.pairs[:, 1].tolist() == [2, 2]
+    assert np.diff(work.line.starts).tolist() == [1, 2, 1]
+
+
+def test_no_more_programs_than_shorten_the_longest_share() -> None:
+    """Nine blocks are 5 and 4 for two programs, and no less than 3 for four: three programs leave less to merge."""
+    work = build(Plan(1, (Segment(((0, 144),), 144, 0, 1),)), replace(TILING, num_programs=4, num_kv_heads=1))
+    assert work.line.pairs[:, 1].tolist() == [3]
 
 
 def test_little_work_takes_few_programs() -> None:
