@@ -25,6 +25,7 @@ from dendrite.engine.ids import TRASH_BLOCK, BlockId
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.launching import Launcher
+from dendrite.engine.passes.fused import choose_products
 from dendrite.engine.runner import MAX_DRAWN, TorchRunner, known_tokens
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.swap import KVMover, Spans
@@ -62,6 +63,8 @@ class CudaRunner(TorchRunner):
             )
             self._inputs = torch.zeros((4, MAX_ROWS), dtype=torch.int64, device=self.device)
             self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=self.device)
+            if self.launcher.is_cuda:
+                choose_products(self._decoder, self._backend)
         except torch.OutOfMemoryError as error:
             raise ModelError(f"the device's memory is too small: {error}; give a smaller kv_memory") from error
         self._graphs: Graphs[Tensor] = Graphs(self.launcher)

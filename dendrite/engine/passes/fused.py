@@ -12,6 +12,7 @@ final one. So what goes from layer to layer is no tensor but a `Stream`; the dec
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
-from dendrite.engine.attention.base import AttentionStep
-from dendrite.engine.kernels.norm import add_rms_norm
+from dendrite.engine.attention.base import AttentionBackend, AttentionStep
+from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.kernels.nvrtc import can_compile
 from dendrite.engine.kernels.rotary import rotate_and_keep
 from dendrite.engine.passes.cutting import cut_products
@@ -32,6 +33,8 @@ from dendrite.engine.structure import context_length
 
 TABLE_ROWS = 4096
 """Positions whose cosines are computed at a time when the table is made."""
+MEASURED_KEYS = 4096
+"""What a row attends to while products are measured, if the pool has as much."""
 
 
 def make_fused(model: PreTrainedModel) -> None:
@@ -42,11 +45,46 @@ def make_fused(model: PreTrainedModel) -> None:
     decoder.rotary_emb = _RotaryTable(decoder.rotary_emb, context_length(decoder.config), model.dtype)
     decoder.norm = _FinalNorm(decoder.norm)
     decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
-    if model.device.type == "cuda":
-        layers = list(decoder.layers)
-        if can_compile(model.device):
+
+
+def choose_products(decoder: nn.Module, backend: AttentionBackend) -> None:
+    """Choose, by measuring, what the products of a decoder's layers go through; layers that are not fused stay.
+
+    Args:
+        decoder: on a CUDA device.
+        backend: its attention; the pool holds nobody's K/V yet, and is all zeros afterwards.
+    """
+    layers = [layer for layer in cast("nn.ModuleList", decoder.layers) if isinstance(layer, FusedLayer)]
+    if not layers:
+        return
+    pool = backend.pool
+    with torch.cuda.device(pool.data.device):
+        if can_compile(pool.data.device):
             cut_products([layer.projections for layer in layers], seconds_on_device)
-        tune(layers, decoder.config.hidden_size, seconds_on_device)
+        keys = pool.data[:, :, :, pool.block_size :][:, :, :, :MEASURED_KEYS]  # the trash block may be anything
+        keys.normal_()
+        tune(layers, _lone_row(decoder, backend, first=pool.block_size, num_keys=keys.shape[3]), seconds_on_device)
+        keys.zero_()
+        pool.data[:, :, :, : pool.block_size].zero_()
+
+
+def _lone_row(
+    decoder: nn.Module, backend: AttentionBackend, *, first: int, num_keys: int
+) -> Callable[[Sequence[FusedLayer]], Tensor]:
+    """What takes one row through some layers, reading `num_keys` slots from `first` on and keeping nothing."""
+    backend.prepare(Plan(1, (Segment(((first, first + num_keys),), num_keys, 0, 1),)))
+    like = backend.pool.data
+    given = torch.randn((1, backend.spec.hidden_size), device=like.device).to(like.dtype)
+    in_trash = torch.zeros(1, dtype=torch.int64, device=like.device)
+    rotation = cast("_RotaryTable", decoder.rotary_emb)(given, in_trash[None])
+
+    def run(layers: Sequence[FusedLayer]) -> Tensor:
+        stream, step = Stream(given.clone(), None), AttentionStep(backend, in_trash)
+        for layer in layers:
+            stream = layer(stream, position_embeddings=rotation, dendrite_step=step)
+        return stream.total()
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -129,15 +167,6 @@ class FusedLayer(nn.Module):
     def projections(self) -> tuple[Projection, ...]:
         """The products, in the order in which they run."""
         return self._qkv, self._out, self._gate_up, self._down
-
-    def run_products(self, stream: Stream) -> None:
-        """All but the attention, for measuring: a norm of the queries stands for its output, and for the rotation."""
-        qkv = self._qkv.of_normed(stream, self._input_norm)
-        num_rows, width = qkv.shape[-2:]
-        nothing, ones = stream.residual.new_zeros((num_rows, width)), stream.residual.new_ones(width)
-        attended = add_rms_norm(nothing, qkv, ones, 1.0)
-        self._out.add_to(stream, attended[:, : self._out.weight.shape[1]].contiguous())
-        self._down.add_to(stream, self._gate_up.of_normed(stream, self._mlp_norm))
 
     def _attend(self, qkv: Tensor, rotation: _Rotation, step: AttentionStep) -> Tensor:
         # -> [num_rows, num_heads * head_dim]

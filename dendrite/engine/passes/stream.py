@@ -29,6 +29,12 @@ class Stream:
     delta: Tensor | None
     """The same shape, or sums that make it up, [num_parts, num_rows, hidden_size]; None for zero."""
 
+    def total(self) -> Tensor:
+        """The sum, in new memory."""
+        if self.delta is None:
+            return self.residual.clone()
+        return self.residual + self.delta.view(-1, *self.residual.shape).sum(0).to(self.residual.dtype)
+
 
 class Norm:
     """An RMS norm that adds what the last product left to be added."""

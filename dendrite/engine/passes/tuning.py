@@ -1,12 +1,13 @@
 """Chooses, by measuring, what a lone row's products go through: as few rows do, or a kernel of its own.
 
-    q|k|v    as few rows ── tiling ── tiling ── ...      the products, norms and activations of all layers as one graph;
-    out      as few rows ── tiling ── tiling ── ...      what makes it faster is kept before the next one is looked at
+    q|k|v    as few rows ── tiling ── tiling ── ...      all layers of a row as one graph; what makes it faster is
+    out      as few rows ── tiling ── tiling ── ...      kept before the next one is looked at
     ...
 
 A few rows go through the BLAS or through cuts (`cutting`). It runs when a model is loaded, over the model's own
-weights, so that no cache holds them; nothing is kept for the next load but the kernels, which Triton keeps. What
-computes something else is never chosen.
+weights, so that no cache holds them, and with the attention between them: kernels that overlap well with each other may
+not do so with it. Nothing is kept for the next load but the kernels, which Triton keeps. What computes something else
+is never chosen.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
 from dendrite.engine.kernels.linear import Tiling
-from dendrite.engine.passes.stream import LONE_ROW, Projection, Stream
+from dendrite.engine.passes.stream import LONE_ROW, Projection
 
 TILINGS = (Tiling(2, 1024, num_warps=2), Tiling(4, 2048, num_warps=8), Tiling(1, 4096, num_warps=4))
 """Ways to cut a product, the fastest for one of those of an 8B shape on an H200 each."""
@@ -40,12 +41,16 @@ class Layer(Protocol):
     def projections(self) -> tuple[Projection, ...]:
         """The products, in the order in which they run."""
 
-    def run_products(self, stream: Stream) -> None:
-        """All but the attention."""
+
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 @torch.inference_mode()
-def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[[], object]], float]) -> None:
+def tune(
+    layers: Sequence[AnyLayer],
+    run: Callable[[Sequence[AnyLayer]], Tensor],
+    measure: Callable[[Callable[[], object]], float],
+) -> None:
     """Set each projection's tiling to the fastest, the same in all layers.
 
     Where products are cut, a lone row is tried with its cuts and without: kernels that norm and add as well pay off
@@ -53,19 +58,16 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
 
     Args:
         layers: all layers of a model.
-        hidden_size: width of the stream.
+        run: takes one row through some of the layers and gives the stream after them, the same each time.
         measure: gives the seconds that a function takes on the device.
     """
-    weight = layers[0].projections[0].weight
-    if weight.dtype == torch.float32:
+    if layers[0].projections[0].weight.dtype == torch.float32:
         return
-    given = torch.randn((1, hidden_size), dtype=weight.dtype, device=weight.device)
-    expected = _run(layers[:1], given)
     is_cut = any(projection.cuts for projection in layers[0].projections)
-    found = [_one_by_one(layers, given, expected, measure)]
+    found = [_one_by_one(layers, run, measure)]
     if is_cut:
         cuts = [projection.cuts.pop(LONE_ROW, None) for projection in layers[0].projections]
-        found.append(_one_by_one(layers, given, expected, measure))
+        found.append(_one_by_one(layers, run, measure))
         if found[0][0] <= found[1][0]:
             for projection, cut in zip(layers[0].projections, cuts, strict=True):  # all layers have the same dictionary
                 projection.cuts |= {LONE_ROW: cut} if cut is not None else {}
@@ -74,20 +76,23 @@ def tune(layers: Sequence[Layer], hidden_size: int, measure: Callable[[Callable[
 
 
 def _one_by_one(
-    layers: Sequence[Layer], given: Tensor, expected: Tensor, measure: Callable[[Callable[[], object]], float]
+    layers: Sequence[AnyLayer],
+    run: Callable[[Sequence[AnyLayer]], Tensor],
+    measure: Callable[[Callable[[], object]], float],
 ) -> tuple[float, list[Tiling | None]]:
-    """The seconds of all layers' products with each projection's best tiling, and these."""
+    """The seconds of all layers with each projection's best tiling, and these."""
     tilings: list[Tiling | None] = [None] * len(layers[0].projections)
     for index in range(len(tilings)):
         _set(layers, index, None)
-    shortest = measure(lambda: _run(layers, given))
+    expected = run(layers[:1])
+    shortest = measure(lambda: run(layers))
     for index, projection in enumerate(layers[0].projections):
         for tiling in tilings_for(projection.weight.shape[1]):
             _set(layers, index, tiling)
             try:
-                if not is_close(_run(layers[:1], given), expected):
+                if not is_close(run(layers[:1]), expected):
                     continue
-                seconds = measure(lambda: _run(layers, given))
+                seconds = measure(lambda: run(layers))
             except (TritonError, RuntimeError):  # made for a larger device, or for another version of the compiler
                 continue
             if seconds < MARGIN * shortest:
@@ -103,16 +108,6 @@ def tilings_for(depth: int) -> list[Tiling]:
         return []
     cut = (replace(tiling, block_k=min(tiling.block_k, longest)) for tiling in TILINGS)
     return list(dict.fromkeys(cut))
-
-
-def _run(layers: Sequence[Layer], given: Tensor) -> Tensor:
-    """The stream after the layers' products."""
-    stream = Stream(given.clone(), None)
-    for layer in layers:
-        layer.run_products(stream)
-    if stream.delta is None:
-        return stream.residual
-    return stream.residual + stream.delta.view(-1, *stream.residual.shape).sum(0).to(stream.residual.dtype)
 
 
 def _set(layers: Sequence[Layer], index: int, tiling: Tiling | None) -> None:
