@@ -26,6 +26,7 @@ from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.launching import Launcher
 from dendrite.engine.passes.fused import choose_products
+from dendrite.engine.passes.tuning import seconds_on_device
 from dendrite.engine.runner import MAX_DRAWN, TorchRunner, known_tokens
 from dendrite.engine.spec import ModelSpec
 from dendrite.engine.swap import KVMover, Spans
@@ -64,7 +65,8 @@ class CudaRunner(TorchRunner):
             self._inputs = torch.zeros((4, MAX_ROWS), dtype=torch.int64, device=self.device)
             self._drawn = torch.zeros(MAX_DRAWN, dtype=torch.int64, device=self.device)
             if self.launcher.is_cuda:
-                choose_products(self._decoder, self._backend)
+                with torch.cuda.device(self.device):
+                    choose_products(self._decoder, self._backend, seconds_on_device)
         except torch.OutOfMemoryError as error:
             raise ModelError(f"the device's memory is too small: {error}; give a smaller kv_memory") from error
         self._graphs: Graphs[Tensor] = Graphs(self.launcher)

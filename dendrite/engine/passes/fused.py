@@ -28,7 +28,7 @@ from dendrite.engine.kernels.rotary import rotate_and_keep
 from dendrite.engine.passes.cutting import cut_products
 from dendrite.engine.passes.families import is_recognised, take_layers
 from dendrite.engine.passes.stream import Norm, Projection, Stream
-from dendrite.engine.passes.tuning import seconds_on_device, tune
+from dendrite.engine.passes.tuning import tune
 from dendrite.engine.structure import context_length
 
 TABLE_ROWS = 4096
@@ -47,25 +47,27 @@ def make_fused(model: PreTrainedModel) -> None:
     decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
 
 
-def choose_products(decoder: nn.Module, backend: AttentionBackend) -> None:
+def choose_products(
+    decoder: nn.Module, backend: AttentionBackend, measure: Callable[[Callable[[], object]], float]
+) -> None:
     """Choose, by measuring, what the products of a decoder's layers go through; layers that are not fused stay.
 
     Args:
-        decoder: on a CUDA device.
+        decoder: what was fused.
         backend: its attention; the pool holds nobody's K/V yet, and is all zeros afterwards.
+        measure: gives the seconds that a function, which has run once already, takes on the current device.
     """
-    layers = [layer for layer in cast("nn.ModuleList", decoder.layers) if isinstance(layer, FusedLayer)]
+    layers = [layer for layer in decoder.modules() if isinstance(layer, FusedLayer)]
     if not layers:
         return
     pool = backend.pool
-    with torch.cuda.device(pool.data.device):
-        if can_compile(pool.data.device):
-            cut_products([layer.projections for layer in layers], seconds_on_device)
-        keys = pool.data[:, :, :, pool.block_size :][:, :, :, :MEASURED_KEYS]  # the trash block may be anything
-        keys.normal_()
-        tune(layers, _lone_row(decoder, backend, first=pool.block_size, num_keys=keys.shape[3]), seconds_on_device)
-        keys.zero_()
-        pool.data[:, :, :, : pool.block_size].zero_()
+    used = pool.data[:, :, :, : pool.block_size + MEASURED_KEYS]  # the first block is trash
+    used.normal_()
+    if can_compile(used.device):
+        cut_products([layer.projections for layer in layers], measure)
+    num_keys = used.shape[3] - pool.block_size
+    tune(layers, _lone_row(decoder, backend, first=pool.block_size, num_keys=num_keys), measure)
+    used.zero_()
 
 
 def _lone_row(

@@ -1,8 +1,8 @@
 """Chooses, by measuring, what a lone row's products go through: as few rows do, or a kernel of its own.
 
-    q|k|v    as few rows ── tiling ── tiling ── ...      all layers of a row as one graph; what makes it faster is
-    out      as few rows ── tiling ── tiling ── ...      kept before the next one is looked at
-    ...
+    out      as few rows ── tiling ── tiling ── ...      all layers of a row as one graph; what makes it faster is
+    ...                                                  kept before the next one is looked at
+    q|k|v    as few rows ── tiling ── tiling ── ...
 
 A few rows go through the BLAS or through cuts (`cutting`). It runs when a model is loaded, over the model's own
 weights, so that no cache holds them, and with the attention between them: kernels that overlap well with each other may
@@ -86,7 +86,11 @@ def _one_by_one(
         _set(layers, index, None)
     expected = run(layers[:1])
     shortest = measure(lambda: run(layers))
-    for index, projection in enumerate(layers[0].projections):
+    for index in (
+        *range(1, len(tilings)),
+        0,
+    ):  # the first reads what the last of the layer before has added, or has not
+        projection = layers[0].projections[index]
         for tiling in tilings_for(projection.weight.shape[1]):
             _set(layers, index, tiling)
             try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dendrite.engine.attention.interface import ATTENTION_NAME, register_attention
 from dendrite.engine.attention.reference import ReferenceAttention
+from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.runner import TorchRunner
 from tests.engine.packed_tree import PackedTree, plain, spec_of
 from tests.models_zoo import EXACT, LLAMA3_ROPE, tiny_config, tiny_model
@@ -129,6 +132,40 @@ def test_a_few_rows_through_the_kernel_change_nothing(
         tree.run(19)
         found.append(torch.cat([hidden.float() for _, hidden in tree.paths()]))
     assert torch.linalg.vector_norm(found[1] - found[0]) < 0.05 * torch.linalg.vector_norm(found[0])
+
+
+WIDE_ENOUGH: dict[str, dict[str, object]] = {
+    "qwen3": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+    "gpt2": {},
+}
+"""For a block of the kernel for one row."""
+
+
+@pytest.mark.parametrize("family", WIDE_ENOUGH)
+def test_products_are_chosen_with_the_attention_between_them(family: str, device: torch.device) -> None:
+    """All layers run over keys in the pool, which is empty again afterwards; what is not fused is left alone."""
+    from dendrite.engine.passes.fused import FusedLayer, choose_products, make_fused
+
+    register_attention()
+    model = tiny_model(
+        tiny_config(family, num_hidden_layers=2, **WIDE_ENOUGH[family]), device=device, dtype=torch.bfloat16
+    )
+    spec = replace(spec_of(model), dtype="bfloat16")
+    model.set_attn_implementation(ATTENTION_NAME)
+    make_fused(model)
+    pool = KVPool(spec, num_blocks=9, block_size=4, device=device)
+    decoder, seconds = model.get_decoder(), count(1000, -5)
+
+    def measure(run: Callable[[], object]) -> float:
+        assert pool.data[:, :, :, pool.block_size :].abs().amax(3).amin() > 0, "there is something to attend to"
+        run()
+        return next(seconds)
+
+    choose_products(decoder, ReferenceAttention(pool, spec), measure)
+    assert not pool.data.any()
+    layers = [layer for layer in decoder.modules() if isinstance(layer, FusedLayer)]
+    assert bool(layers) == (family == "qwen3")
+    assert all(projection.tiling is not None for layer in layers for projection in layer.projections)
 
 
 def test_fused_layers_keep_no_second_copy(device: torch.device) -> None:

@@ -51,9 +51,9 @@ def chosen(layer: TwoProducts) -> tuple[Tiling | None, ...]:
 @pytest.mark.parametrize(
     "seconds, taken",
     [
-        ((10, 9, 8, 8.5, 7, 7.5, 7.2), (1, 0)),  # each projection has its own
-        ((10, 11, 9, 9.5, 9.5, 10, 12), (1, None)),
-        ((10, 9.99, 9.98, 9.99, 5, 12, 5), (None, 0)),  # the first within the noise
+        ((10, 9, 8, 8.5, 7, 7.5, 7.2), (0, 1)),  # each projection has its own; the last one is looked at first
+        ((10, 11, 9, 9.5, 9.5, 10, 12), (None, 1)),
+        ((10, 9.99, 9.98, 9.99, 5, 12, 5), (0, None)),  # the first within the noise
         ((1, 2, 3, 4, 2, 3, 4), (None, None)),
     ],
 )
