@@ -5,7 +5,7 @@
     {"told": {"kind": "Expanded", "node": 0, "children": [1, 2]}, "steps": [{"id": 1, "text": …}, …], "spent": …}
 
 A line counts once it is on the disk. The last one may be torn by a crash; it is dropped. Every line ends with a seal
-(`dendrite.dsl.seals`), so that a journal that was altered is refused.
+(`dendrite.dsl.seals`), so that a journal that was altered is refused. Whoever writes holds a lock on the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from dendrite.dsl.codec import Codec
 from dendrite.dsl.functions import Function, plain
@@ -27,6 +27,7 @@ from dendrite.dsl.operations import Loop, Merge, Observe, Score
 from dendrite.dsl.seals import sealed, unsealed
 from dendrite.dsl.strategies.base import Ask, Expanded, Told
 from dendrite.engine.errors import ProgramError, SnapshotDamaged, SnapshotError
+from dendrite.engine.files import is_taken
 
 Line = dict[str, Any]
 VERSION = 2
@@ -36,15 +37,15 @@ class Journal:
     """The file of one search, open for writing.
 
     Args:
-        path: of the file, which is new or ends with a whole line.
+        file: which is empty or ends with a whole line; nobody else writes to it.
         codec: writes states.
         seal: of that line.
     """
 
-    def __init__(self, path: Path, codec: Codec, *, seal: str = "") -> None:
+    def __init__(self, file: IO[bytes], codec: Codec, *, seal: str = "") -> None:
         self.codec = codec
         self._seal = seal
-        self._file = path.open("ab")
+        self._file = file
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line and wait until it is on the disk."""
@@ -114,19 +115,34 @@ class Read(NamedTuple):
     lines: list[Line]
     seal: str
     """Of the last line."""
+    file: IO[bytes]
+    """Locked, and at its end."""
 
 
 def read(path: Path) -> Read:
-    """The header and the lines of a journal; a torn last line is cut off the file.
+    """The header and the lines of a journal, to be gone on from; a torn last line is cut off the file.
 
     Raises:
         SnapshotDamaged: a line was altered, or one is missing.
-        SnapshotError: there is no such file, or it is no journal.
+        SnapshotError: there is no such file, it is no journal, or another search writes to it.
     """
     try:
-        content = path.read_bytes()
+        file = path.open("r+b")
     except OSError as error:
         raise SnapshotError(f"the journal {path} cannot be read: {error}") from error
+    try:
+        return _read(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read(path: Path, file: IO[bytes]) -> Read:
+    if is_taken(file):
+        raise SnapshotError(
+            f"the journal {path} is in use: a search in this process or another writes to it: wait for it, or end it"
+        )
+    content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
     first, *others = whole.split(b"\n")[:-1] or [b""]
     _check_version(path, first)
@@ -141,9 +157,9 @@ def read(path: Path) -> Read:
                 "or go on from a copy of the file"
             ) from error
         lines.append(line)
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return Read(lines[0], lines[1:], seal)
+    file.truncate(len(whole))
+    file.seek(len(whole))
+    return Read(lines[0], lines[1:], seal, file)
 
 
 def _check_version(path: Path, first: bytes) -> None:
@@ -163,9 +179,11 @@ def create(path: Path, header: Mapping[str, Any], codec: Codec) -> Journal:
     Raises:
         ProgramError: there is something at the path already.
     """
-    if path.exists() and path.stat().st_size:
+    file = path.open("ab")
+    if is_taken(file) or file.tell():
+        file.close()
         raise ProgramError(f"journal={str(path)!r} exists: go on from it with program.resume, or give another path")
-    journal = Journal(path, codec)
+    journal = Journal(file, codec)
     journal.write(header)
     return journal
 

@@ -86,6 +86,7 @@ class Search(Generic[S]):
     def close(self) -> None:
         """End the search here and prune what it made, unless it has its result; calling again is fine."""
         self._events.close()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         return self

@@ -103,10 +103,14 @@ class SearchLoop:
             try:
                 await self._end_flights()
             finally:
-                if self._log is not None:
-                    self._log.close()
+                self.close()
                 best = self._best().path if self.result is not None else []
                 self._run.close(keep=best)
+
+    def close(self) -> None:
+        """Let go of the journal, as `events` does at its end: for a search that was never begun."""
+        if self._log is not None:
+            self._log.close()
 
     def choose(self, nodes: Sequence[StepId]) -> None:
         """While a `frontier` event is out: these survive, in place of the program's own choice."""

@@ -100,15 +100,19 @@ class Starter:
         path = path_of(path)
         _check_budget(budget)
         engine, origin = _engine_of(on)
-        header, lines, seal = read(path)
-        check_same(header, self._identity(engine, origin), path)
-        codec = self.codec
-        if budget is None and header["budget"] is not None:
-            budget = Budget(**header["budget"])
-        log = Log(lambda: header, codec, file=Journal(path, codec, seal=seal), lines=lines)
-        state = codec.load(header["root"])
-        order = Order(prompt=header["prompt"], state=state, seed=header["seed"], budget=budget)
-        return self._loop(engine, origin, order, log=log)
+        header, lines, seal, file = read(path)
+        try:
+            check_same(header, self._identity(engine, origin), path)
+            codec = self.codec
+            if budget is None and header["budget"] is not None:
+                budget = Budget(**header["budget"])
+            log = Log(lambda: header, codec, file=Journal(file, codec, seal=seal), lines=lines)
+            state = codec.load(header["root"])
+            order = Order(prompt=header["prompt"], state=state, seed=header["seed"], budget=budget)
+            return self._loop(engine, origin, order, log=log)
+        except BaseException:
+            file.close()  # and with it the lock
+            raise
 
     def _loop(self, engine: Engine, origin: Branch | None, order: Order, *, log: Log | None = None) -> SearchLoop:
         loop = self.operations[1]

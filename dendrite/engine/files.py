@@ -94,6 +94,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_taken(file: IO[bytes]) -> bool:
+    """Whether somebody else, in this process or another, has locked the file; if not, it is locked by us from here on.
+
+    Where there are no locks, nobody has.
+    """
+    if not _CAN_LOCK:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _take(file: IO[bytes]) -> bool:
     """Whether the file is now locked by us; the system gives the lock back when the last copy of `file` is closed."""
     if not _CAN_LOCK:

@@ -187,6 +187,25 @@ def test_a_search_by_hand_is_saved_and_gone_on_from(engine: dd.Engine, tmp_path:
         assert result.best.depth == 3
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no such locks")
+def test_a_journal_has_one_writer(engine: dd.Engine, tmp_path: Path) -> None:
+    """While a search writes to it, nobody goes on from it or begins it anew, and nothing of it is lost."""
+    path, strategy = tmp_path / "search.jsonl", dd.MCTS(8)
+    wanted = tree_of(program(strategy).run(engine, "Go.", state=Sum(), seed=7, journal=path))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
+    with program(strategy).reopen(path, engine):
+        written = path.read_bytes() + b'{"told'  # as it is while a line is being written
+        path.write_bytes(written)
+        with pytest.raises(dd.SnapshotError, match="in use"):
+            program(strategy).resume(path, engine)
+        with pytest.raises(dd.ProgramError, match="exists"):
+            program(strategy).run(engine, "Go.", state=Sum(), journal=path)
+        assert path.read_bytes() == written
+    with pytest.raises(dd.SnapshotError, match="program"):
+        dd.compile(step, add, closeness, strategy=strategy).resume(path, engine)
+    assert tree_of(program(strategy).resume(path, engine)) == wanted, "who was refused holds no lock"
+
+
 def test_a_journal_is_not_written_over(engine: dd.Engine, tmp_path: Path) -> None:
     """The message says what to do; nothing is changed."""
     path = tmp_path / "run.jsonl"
