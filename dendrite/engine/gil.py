@@ -3,8 +3,8 @@
 Every PyTorch call gives the interpreter's lock up and takes it back. With another thread busy in Python, taking it back
 means waiting for one switch interval, 5 ms by default, and a step on the CPU makes over a hundred calls, one of which
 runs all layers (`compiled`). While it steps, the engine therefore asks for a short interval; and as its thread waits
-out that interval on a timer, the timer of that thread is made exact on Linux, where it is otherwise free to ring 50
-microseconds late.
+out that interval on a timer, the timers of that thread are made exact on Linux, where they are otherwise free to ring
+50 microseconds late.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ _PR_SET_TIMERSLACK = 29  # from Linux' prctl.h
 def stepping() -> Iterator[None]:
     """Run the block with short waits for the interpreter's lock; restores what was set before."""
     _INTERVAL.shorten()
-    _set_timer_slack(TIMER_SLACK)
     try:
         yield
     finally:
-        _set_timer_slack(0)  # the thread's default
         _INTERVAL.restore()
+
+
+def exact_timers() -> None:
+    """Make the calling thread's timers exact, for as long as it lives: a thread that waits for work sets none."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(TIMER_SLACK), 0, 0, 0)
 
 
 class _SwitchInterval:
@@ -62,8 +66,3 @@ class _SwitchInterval:
 
 
 _INTERVAL = _SwitchInterval()
-
-
-def _set_timer_slack(nanoseconds: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(nanoseconds), 0, 0, 0)

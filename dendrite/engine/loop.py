@@ -41,7 +41,7 @@ from dendrite.engine.errors import (
 )
 from dendrite.engine.forking import FORKED, refuse_after_fork
 from dendrite.engine.generation import FinishReason, GenerationRequest
-from dendrite.engine.gil import stepping
+from dendrite.engine.gil import exact_timers, stepping
 from dendrite.engine.head import Flight, Head, Result, needs_settled
 from dendrite.engine.ids import BlockId, NodeId
 from dendrite.engine.integrity import Guard
@@ -188,6 +188,7 @@ class StepLoop:
     # --- the loop's thread -------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        exact_timers()
         try:
             while self._wait_for_work():
                 with stepping(), torch.inference_mode():

@@ -17,6 +17,8 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 SPIN_COUNT = 5_000
@@ -58,7 +60,11 @@ def dismiss_team() -> None:
 
     Where waits are not bounded the workers stay: being too many is what keeps the others from spinning.
     """
-    if _IS_BOUNDED and sys.platform == "linux":
-        pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
-        if pause is not None:
-            pause(_PAUSE_SOFT)
+    if _IS_BOUNDED and (pause := _pause()) is not None:
+        pause(_PAUSE_SOFT)
+
+
+@cache
+def _pause() -> Callable[[int], int] | None:
+    """OpenMP's own function, if it is loaded; looked up once, since that takes longer than all the rest of a call."""
+    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if sys.platform == "linux" else None
