@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
 
@@ -127,6 +128,9 @@ class SamplingParams(_Settings):
         Raises:
             RequestError: an unknown option or a value out of range; names both and what is allowed.
         """
+        # What is hashed cannot be changed afterwards; sequences are left out, as the types of what they hold matter too.
+        if _SCALARS.issuperset(map(type, options.values())):
+            return _checked_scalars(**options)
         return cls._checked(options)
 
     @field_validator("stop", mode="before")
@@ -155,6 +159,15 @@ class SamplingParams(_Settings):
                 f"min_tokens={self.min_tokens} cannot be used: it is more than max_tokens={self.max_tokens}"
             )
         return self
+
+
+_SCALARS = frozenset((int, float, bool, str, type(None)))
+
+
+@lru_cache(maxsize=256, typed=True)
+def _checked_scalars(**options: Unpack[SamplingOptions]) -> SamplingParams:
+    """Most calls have options that one of the last had; checking them again takes longer than a fork."""
+    return SamplingParams._checked(options)
 
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
