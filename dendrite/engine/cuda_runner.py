@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +26,7 @@ from dendrite.engine.graphs import MAX_ROWS, Graphs, bucket_for
 from dendrite.engine.ids import TRASH_BLOCK, BlockId
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool
-from dendrite.engine.launching import Launcher
+from dendrite.engine.launching import Launcher, Staging
 from dendrite.engine.passes.fused import choose_products
 from dendrite.engine.passes.tuning import seconds_on_device
 from dendrite.engine.runner import MAX_DRAWN, TorchRunner, known_tokens
@@ -70,6 +72,7 @@ class CudaRunner(TorchRunner):
         except torch.OutOfMemoryError as error:
             raise ModelError(f"the device's memory is too small: {error}; give a smaller kv_memory") from error
         self._graphs: Graphs[Tensor] = Graphs(self.launcher)
+        self._staging = Staging(self._inputs)
         self.mover: KVMover = _LaunchedMover(self._pool, self.launcher)
         if self.launcher.is_cuda:
             torch.cuda.synchronize(self.device)  # what was made so far was made on another stream
@@ -82,14 +85,15 @@ class CudaRunner(TorchRunner):
             num_rows, num_outputs = batch.plan.num_rows, len(batch.output_rows)
             bucket = bucket_for(num_rows)
             if bucket is None or not self._backend.can_capture(batch.plan):
-                inputs = self._upload(batch, torch.empty((4, num_rows), dtype=torch.int64, device=self.device))
+                inputs = self._uploaded(batch)
                 hidden = self._decode(self._backend, inputs, drawn)
             else:
-                inputs = self._upload(batch, self._inputs)
+                inputs = self._inputs
+                self._upload(batch)
                 if drawn is not None:
                     self._drawn[: len(drawn)].copy_(drawn[:MAX_DRAWN])
                 key = (bucket, self._backend.variant)
-                hidden = self._graphs.replay(key, partial(self._decode, self._backend, inputs[:, :bucket], self._drawn))
+                hidden = self._graphs.replay(key, partial(self._decode_bucket, bucket))
             return hidden.index_select(0, inputs[3, :num_outputs])
 
     def close(self) -> None:
@@ -98,20 +102,19 @@ class CudaRunner(TorchRunner):
         self._graphs.clear()
         super().close()
 
-    def _upload(self, batch: Batch, inputs: Tensor) -> Tensor:
-        """Copy token ids, positions, slots and output rows to `inputs` [4, num_rows or more], without waiting.
+    def _upload(self, batch: Batch) -> None:
+        """Copy what a step reads to the static inputs, without waiting."""
+        _fill(self._staging.array(), batch)
+        self._staging.send(self._inputs.numel())
 
-        Padding rows compute token 0 at position 0 and write to the trash block.
-        """
-        staged = self.launcher.staged(tuple(inputs.shape), torch.int64)
-        host = staged.numpy()
-        num_rows = batch.plan.num_rows
-        host[0, :num_rows] = batch.token_ids
-        host[1, :num_rows] = batch.positions
-        host[2, num_rows:] = TRASH_BLOCK
-        host[2, :num_rows] = batch.slots
-        host[3, : len(batch.output_rows)] = batch.output_rows
-        return inputs.copy_(staged, non_blocking=True)
+    def _uploaded(self, batch: Batch) -> Tensor:
+        """The same for a step that is too large for them: [4, num_rows]."""
+        staged = self.launcher.staged((4, batch.plan.num_rows), torch.int64)
+        _fill(staged.numpy(), batch)
+        return self.launcher.to_device(staged)
+
+    def _decode_bucket(self, bucket: int) -> Tensor:
+        return self._decode(self._backend, self._inputs[:, :bucket], self._drawn)
 
     def _decode(self, backend: AttentionBackend, inputs: Tensor, drawn: Tensor | None) -> Tensor:
         # [num_rows, hidden_size]; rows beyond the step's are padding
@@ -126,6 +129,20 @@ class CudaRunner(TorchRunner):
         step.check_complete(self.spec.num_layers)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+
+def _fill(inputs: NDArray[np.int64], batch: Batch) -> None:
+    """Write token ids, positions, slots and output rows to `inputs`, [4, num_rows or more].
+
+    Padding rows compute token 0 at position 0 and write to the trash block.
+    """
+    num_rows, num_outputs = batch.plan.num_rows, len(batch.output_rows)
+    inputs[0, :num_rows] = batch.token_ids
+    inputs[1, :num_rows] = batch.positions
+    inputs[2, :num_rows] = batch.slots
+    inputs[:2, num_rows:] = 0
+    inputs[2, num_rows:] = TRASH_BLOCK
+    inputs[3, :num_outputs] = batch.output_rows
 
 
 class _LaunchedMover(PoolMover):

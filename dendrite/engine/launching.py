@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -48,6 +50,35 @@ class Launcher:
         """Wait for everything."""
         if self.stream is not None:
             self.stream.synchronize()
+
+
+class Staging:
+    """Two pinned buffers in turn before a static one: one is filled while the other's copy may still be on its way."""
+
+    def __init__(self, static: Tensor) -> None:
+        self._static = static.view(-1)
+        self._pinned = [torch.zeros(static.shape, dtype=static.dtype, pin_memory=static.is_cuda) for _ in range(2)]
+        self._arrays = [buffer.numpy() for buffer in self._pinned]
+        self._copied = [torch.cuda.Event(), torch.cuda.Event()] if static.is_cuda else []
+        self._parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # views, which take as long to make as to copy
+        self._turn = 0
+
+    def array(self) -> NDArray[Any]:
+        """The buffer to fill, of the static one's shape; it holds what it was filled with two copies ago."""
+        self._turn ^= 1
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        return self._arrays[self._turn]
+
+    def send(self, num: int) -> None:
+        """Copy the first `num` numbers of what was filled, on the current stream, and maybe some of those behind."""
+        key = (self._turn, min(1 << num.bit_length(), self._static.numel()))
+        parts = self._parts.get(key)
+        if parts is None:
+            parts = self._parts[key] = (self._static[: key[1]], self._pinned[self._turn].view(-1)[: key[1]])
+        parts[0].copy_(parts[1], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
 
 
 def _nothing() -> None:

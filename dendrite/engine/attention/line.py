@@ -64,6 +64,8 @@ class Line:
     """[num_rows]: each row's tile."""
     pairs: Packed
     """[num_tiles * num_kv_heads, PAIR_FIELDS], tile by tile."""
+    packed: Packed
+    """Starts, items, rows' tiles and pairs, one after the other."""
 
     @property
     def num_partials(self) -> int:
@@ -84,8 +86,10 @@ def cut_line(tiling: Tiling, bounds: tuple[int, ...], strips: tuple[int, ...], g
     rows = np.array(bounds)
     cut = _Cut(tiling, rows, np.array(strips), np.array(gathers))
     row_tiles = np.arange(len(bounds) - 1, dtype=np.int32).repeat(_steps_of(rows))
-    line = Line(cut.items(), cut.starts, row_tiles, cut.pairs())
-    for array in (line.items, line.starts, line.row_tiles, line.pairs):
+    items, pairs = cut.items(), cut.pairs()
+    packed = np.concatenate((cut.starts, items.reshape(-1), row_tiles, pairs.reshape(-1)))
+    line = Line(items, cut.starts, row_tiles, pairs, packed)
+    for array in (line.items, line.starts, line.row_tiles, line.pairs, line.packed):
         array.flags.writeable = False
     return line
 

@@ -24,6 +24,7 @@ from dendrite.engine.batch import Plan
 from dendrite.engine.errors import ModelError
 from dendrite.engine.kernels.launch import overlap
 from dendrite.engine.kv_pool import KVPool
+from dendrite.engine.launching import Staging
 from dendrite.engine.spec import ModelSpec
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -67,7 +68,7 @@ class TritonTreeAttention(AttentionBackend):
         self._partial_lse = torch.empty(num_lanes, dtype=torch.float32, device=device)
         self._static_work = torch.zeros(CAPACITY, dtype=torch.int32, device=device)
         self._work = self._static_work
-        self._staging = _Staging(device)
+        self._staging = Staging(self._static_work)
         self._listed: tuple[Plan, int, WorkList] | None = None
 
     @property
@@ -82,10 +83,14 @@ class TritonTreeAttention(AttentionBackend):
     def prepare(self, plan: Plan) -> None:
         """Copy the plan's work list to the device; waits for nothing on the device."""
         self._form_index, work = self._work_list(plan)
-        self._work = self._static_work
-        if work.size > CAPACITY:
-            self._work = torch.empty(work.size, dtype=torch.int32, device=self._static_work.device)
-        self._staging.upload(work, self._work)
+        if (size := work.size) <= CAPACITY:
+            work.pack(self._staging.array())
+            self._staging.send(size)
+            self._work = self._static_work
+        else:
+            staged = torch.empty(size, dtype=torch.int32, pin_memory=self._static_work.is_cuda)
+            work.pack(staged.numpy())
+            self._work = staged.to(self._static_work.device, non_blocking=True)
 
     def run(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attend; see `AttentionBackend.run`. Rows beyond the plan's are left as they are."""
@@ -166,31 +171,6 @@ class _Form:
     def num_lanes(self) -> int:
         """Lanes of partial results: a program begins and ends at most one cut pair."""
         return 2 * self.tiling.num_programs * self.config.block_m
-
-
-class _Staging:
-    """Two pinned buffers in turn: one is filled while the other's copy may still be on its way."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._buffers = [torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)]
-        self._copied = [torch.cuda.Event(), torch.cuda.Event()] if self._is_cuda else []
-        self._turn = 0
-
-    def upload(self, work: WorkList, into: Tensor) -> None:
-        """Pack into pinned memory, copy on the current stream."""
-        size = work.size
-        self._turn ^= 1
-        if self._is_cuda:
-            self._copied[self._turn].synchronize()  # of the copy two steps ago
-        if self._buffers[self._turn].numel() < size:
-            room = max(CAPACITY, size)
-            self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self._is_cuda)
-        staged = self._buffers[self._turn][:size]
-        work.pack(staged.numpy())
-        into[:size].copy_(staged, non_blocking=True)
-        if self._is_cuda:
-            self._copied[self._turn].record()
 
 
 def why_unsupported(spec: ModelSpec) -> str | None:

@@ -20,8 +20,9 @@ A pair of one item writes its output; the items of others leave partial results,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +38,8 @@ in
 bits: 0-7 the number of keys, 8-15 the first of the tile's rows that read them, 16-23 the last, 24 if causal."""
 HEADER_FIELDS = 8
 """Numbers of the header: num_rows, then where each section starts."""
+FEW_ENTRIES = 32
+"""So many are listed in a loop before twelve array operations are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +56,20 @@ class WorkList:
     @property
     def size(self) -> int:
         """Numbers of the packed form."""
-        return HEADER_FIELDS + sum(part.size for part in self._sections())
+        return HEADER_FIELDS + self.line.packed.size + self.strips.size + self.entries.size
 
     def pack(self, into: Packed) -> None:
-        """Write the header and all sections one after the other; `into` holds `size` numbers."""
-        at = HEADER_FIELDS
-        into[0] = self.num_rows
-        for index, section in enumerate(self._sections(), start=1):
-            into[index] = at
-            into[at : at + section.size] = section.reshape(-1)
-            at += section.size
-
-    def _sections(self) -> tuple[Packed, ...]:
+        """Write the header and all sections, those of the line first; `into` holds `size` numbers or more."""
         line = self.line
-        return (line.starts, line.items, self.strips, self.entries, line.row_tiles, line.pairs)
+        items = HEADER_FIELDS + line.starts.size
+        row_tiles = items + line.items.size
+        pairs = row_tiles + line.row_tiles.size
+        strips = HEADER_FIELDS + line.packed.size
+        entries, end = strips + self.strips.size, self.size
+        into[:HEADER_FIELDS] = (self.num_rows, HEADER_FIELDS, items, strips, entries, row_tiles, pairs, 0)
+        into[HEADER_FIELDS:strips] = line.packed
+        into[strips:entries] = self.strips.reshape(-1)
+        into[entries:end] = self.entries.reshape(-1)
 
 
 def build(plan: Plan, tiling: Tiling) -> WorkList:
@@ -120,29 +123,49 @@ class _Blocks:
 
     def strips(self) -> Packed:
         """[num_strip_blocks, STRIP_FIELDS]."""
-        slot, readers = _repeated(self._strips, 3)
-        packed = np.empty((len(slot), STRIP_FIELDS), np.int32)
-        packed[:, 0] = slot + np.arange(len(slot)) * self._tiling.block_keys
-        packed[:, 1] = readers
-        return packed
+        return _listed_strips(tuple(self._strips), self._tiling.block_keys)
 
     def entries(self) -> Packed:
         """[num_gathered_blocks * per_block, ENTRY_FIELDS]; what fills up a tile's last block is empty."""
+        if self._num_entries <= FEW_ENTRIES:
+            return self._few_entries()
         size = self._tiling.entry_keys
         num_empty, slot, length, readers, later = _repeated(self._entries, 6)
         number = np.arange(len(slot))
         key = number * size
         num_keys = np.minimum(length - key, size)
         packed = np.zeros((self.gather_bounds[-1] * self._per_block, ENTRY_FIELDS), np.int32)
-        if self._entries:
-            packed[:, 0] = self._entries[2] * size  # empty entries repeat a key that is there: the first run's
+        packed[:, 0] = self._entries[2] * size  # empty entries repeat a key that is there: the first run's
         place = number + num_empty
         packed[place, 0] = (slot + key) * size + num_keys - 1
         packed[place, 1] = num_keys + readers + later * key
         return packed
 
+    def _few_entries(self) -> Packed:
+        size, numbers, number = self._tiling.entry_keys, self._entries, 0
+        packed = [numbers[2] * size, 0] * (self.gather_bounds[-1] * self._per_block) if numbers else []
+        for first in range(0, len(numbers), 6):
+            num, num_empty, slot, length, readers, later = numbers[first : first + 6]
+            for key in range(number * size, (number + num) * size, size):
+                num_keys, place = min(length - key, size), key // size + num_empty
+                packed[2 * place] = (slot + key) * size + num_keys - 1
+                packed[2 * place + 1] = num_keys + readers + later * key
+            number += num
+        return np.array(packed, np.int32).reshape(-1, ENTRY_FIELDS)
 
-def _repeated(numbers: list[int], num_fields: int) -> Ints:
+
+@lru_cache(maxsize=64)
+def _listed_strips(records: tuple[int, ...], block_keys: int) -> Packed:
+    """The blocks of strips; kept, because a trunk that branches are forked from stays where it is."""
+    slot, readers = _repeated(records, 3)
+    packed = np.empty((len(slot), STRIP_FIELDS), np.int32)
+    packed[:, 0] = slot + np.arange(len(slot)) * block_keys
+    packed[:, 1] = readers
+    packed.flags.writeable = False
+    return packed
+
+
+def _repeated(numbers: Sequence[int], num_fields: int) -> Ints:
     """Records of `num_fields` numbers, of which the first says how often the others come: [num_fields - 1, num]."""
     fields = np.array(numbers, np.int64).reshape(-1, num_fields).T
     repeated: Ints = fields[1:].repeat(fields[0], 1)

@@ -218,7 +218,7 @@ def test_a_kept_line_is_for_one_tiling(other: Tiling) -> None:
 def test_a_kept_line_cannot_be_written_to() -> None:
     """Plans share its arrays."""
     line = build(fan(4, 64, 3), TILING).line
-    for array in (line.items, line.starts, line.row_tiles, line.pairs):
+    for array in (line.items, line.starts, line.row_tiles, line.pairs, line.packed):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 
