@@ -288,7 +288,7 @@ class Engine:
         try:
             while (piece := pieces.get()) is not None:
                 yield piece
-            group.future.result()
+            group.wait()
         finally:
             self.core.loop.cancel(group, keep=True)
             del group  # as in `Ticket.wait`

@@ -98,6 +98,10 @@ class GenerationRequest(GenerateRequest):
         self._tree.look_ahead(self.tip, draw)
         self.row.num_ahead = 1
 
+    def get_ready(self) -> None:
+        """Does what can be done for the next token before it is drawn."""
+        self._stream.get_ready()
+
     def begin(self) -> FinishReason | None:
         """Takes what the constraint forces before anything is drawn; returns why the generation ends with that."""
         return self._take_forced() if self.row.guide is not None else None

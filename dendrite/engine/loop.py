@@ -2,9 +2,10 @@
 
     caller's thread                         the loop's thread
     submit(group) ── lock ──► queue ──────► lock: schedule    what the next step computes, blocks taken
-    waits on group.future                         run         forward pass, without the lock
+    group.wait()                                  run         forward pass, without the lock
                                                   sample      hidden rows → tokens and log-probabilities
-                    ◄── future.set_result ─ lock: commit      tokens onto branches, ended requests out
+                                            lock: commit      tokens onto branches, ended requests out
+                    ◄── group.resolve ──────
 
 Everything that reads or changes the tree holds `lock`; the forward pass and the sampling do not, so forks go on
 meanwhile. A request that ends while its step is in flight is `is_done`, and its row is discarded at commit.
@@ -54,7 +55,7 @@ from dendrite.engine.sampling import NoTokenLeft
 from dendrite.engine.sampling_row import Sampled
 from dendrite.engine.scheduler import Scheduler
 from dendrite.engine.stats import Counters
-from dendrite.engine.step import Step
+from dendrite.engine.step import Read, Step
 from dendrite.engine.tree import KVTree
 
 _LOST_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
@@ -79,6 +80,7 @@ class StepLoop:
         self._fault: IntegrityError | None = None
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched and not committed, oldest first
         self._in_step: Step | None = None
+        self._settled: list[Group] = []  # calls that have ended, whose callers are woken at the end of the step
         self._counted_until = 0.0  # of the step's time, on the performance counter
         self._wake = threading.Condition(self.lock)
         self._collected: deque[Tip] = deque()  # tips of branches that Python collected; any thread may append
@@ -90,7 +92,7 @@ class StepLoop:
     # --- for callers -------------------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request], *, priority: float = 0.0) -> Group:
-        """Queues one call's requests; `group.future` resolves when all have ended.
+        """Queues one call's requests; the group resolves when all have ended.
 
         Raises:
             OutOfBlocks, EngineClosed, EngineDead: nothing was changed.
@@ -104,6 +106,7 @@ class StepLoop:
             for request in list(group.requests):
                 if isinstance(request, GenerationRequest):
                     self._tell(request, request.begin())
+            self._wake_callers()
             self._wake.notify()
         return group
 
@@ -119,6 +122,7 @@ class StepLoop:
                 if isinstance(request, GenerationRequest) and request.tip is tip and not request.is_done:
                     request.finish("cancelled")
                     self._settle(request)
+        self._wake_callers()
 
     def forget(self, tip: Tip) -> None:
         """A branch was collected; may run inside the garbage collector, so it only takes a note."""
@@ -223,6 +227,8 @@ class StepLoop:
             self._recover(self._in_step, error)
         finally:
             self._in_step = None  # it holds branches
+            with self.lock:
+                self._wake_callers()
 
     def _recover(self, step: Step, error: Exception) -> None:
         """Ends every call that was running, its branches rolled back, after a step that may have stopped anywhere.
@@ -267,6 +273,7 @@ class StepLoop:
         num_ahead = self._launch_reads(step, hidden, masks)
         with self.lock:
             self.counters.count_step(step, blocks=self.tree.pool.num_used)
+            _get_ready(step.reads)
         self._land(keep=num_ahead)
         with self.lock:
             self._look_ahead()
@@ -340,7 +347,7 @@ class StepLoop:
                 self._end_group(request.group, error)
 
     def _commit(self, step: Step, results: Sequence[Result]) -> None:
-        """Tokens onto branches, values into scores; what has ended leaves and wakes its caller."""
+        """Tokens onto branches, values into scores; what has ended leaves."""
         scores: dict[int, ScoreRequest] = {}
         for read, result in zip(step.reads, results, strict=True):
             request = read.request
@@ -390,18 +397,23 @@ class StepLoop:
             group.resolve(error)
 
     def _settle(self, request: Request) -> None:
-        """One request has ended as it should; the last of its group wakes the caller."""
+        """One request has ended as it should; `_wake_callers` follows, in case it was the last of its group."""
         group = request.group
         assert group is not None
         self.scheduler.remove(request)
         if isinstance(request, GenerationRequest):
             request.close()
         if not group.num_open:
-            group.resolve()
+            self._settled.append(group)
+
+    def _wake_callers(self) -> None:
+        """Comes last: who wakes up waits for the interpreter's lock, which this thread keeps until it waits itself."""
+        while self._settled:
+            self._settled.pop(0).resolve()
 
     def _end_group(self, group: Group, error: EngineError | None, *, keep: bool = False) -> None:
         """Ends what is left of a call: with an error, or cancelled. Unless kept, every branch of it rolls back."""
-        if group.future.done() and not group.num_open:
+        if not group.num_open:
             return
         for request in list(group.requests):
             if keep and not request.is_done and isinstance(request, GenerationRequest):
@@ -414,13 +426,20 @@ class StepLoop:
         if error is not None or keep:
             group.resolve(error)
         else:
-            group.future.cancel()
+            group.cancel()
 
 
 def _dead_of(error: BaseException) -> EngineDead:
     end = EngineDead(f"the step loop died of {type(error).__name__}: {error}")
     end.__cause__ = error
     return end
+
+
+def _get_ready(reads: Sequence[Read]) -> None:
+    """While the device computes what is read."""
+    for read in reads:
+        if isinstance(read.request, GenerationRequest):
+            read.request.get_ready()
 
 
 def _path_ids(request: Request) -> set[NodeId]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from threading import Lock
 
 from dendrite.engine.nodes import Tip
 from dendrite.engine.tree import KVTree
@@ -127,12 +128,26 @@ class Group:
         self.requests = list(requests)
         self.priority = priority
         self.future: Future[None] = Future()
+        """For asyncio, whose callbacks it runs."""
         self.num_open = len(self.requests)
         self.queued = list(self.requests)
         """Those that do not run yet, in the order they were given."""
         for request in self.requests:
             request.group = self
             request.priority = priority
+        # A thread waits at this gate: in the future it would wait for a condition, which takes longer to wake up from.
+        self._gate = Lock()
+        self._gate.acquire()
+        self._is_over = False
+
+    def wait(self) -> None:
+        """Blocks until the call has ended; raises what ended it."""
+        try:
+            with self._gate:
+                pass
+            self.future.result()
+        finally:
+            del self  # the traceback of the error that the future has names this frame: a cycle would hold branches
 
     def resolve(self, error: BaseException | None = None) -> None:
         """Wakes the caller, unless it has given up: asyncio cancels the future from its own thread, at any moment."""
@@ -141,3 +156,14 @@ class Group:
                 self.future.set_result(None)
             else:
                 self.future.set_exception(error)
+        self._open()
+
+    def cancel(self) -> None:
+        """Ends the call for whoever waits for it."""
+        self.future.cancel()
+        self._open()
+
+    def _open(self) -> None:
+        if not self._is_over:  # those who wait lock the gate for a moment too
+            self._is_over = True
+            self._gate.release()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
@@ -239,7 +240,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._overlap = max(map(len, stop), default=1) - 1
-        self._prefix, self._prefix_text = _last_readable(tokenizer, context_ids)
+        self._prefix: list[int] = []
+        self._prefix_text = ""
+        self._next_prefix: Callable[[], tuple[list[int], str]] | None = partial(_last_readable, tokenizer, context_ids)
         self._pending: list[int] = []
         self._in_byte_run = False
         self._settled = ""
@@ -260,10 +263,17 @@ class TextStream:
         """The text so far, cut before the stop string once there is one; half characters only after `finish`."""
         return self._visible[: self._end]
 
+    def get_ready(self) -> None:
+        """Decode what the next token is read behind, which `push` does otherwise: there is time while it is drawn."""
+        if self._next_prefix is not None:
+            self._prefix, self._prefix_text = self._next_prefix()
+            self._next_prefix = None
+
     def push(self, token_id: int) -> bool:
         """Take the next token; True when it completes a stop string, after which no more tokens are taken."""
         assert self._end is None
         assert not self._finished
+        self.get_ready()
         self._pending.append(token_id)
         self._num_tokens += 1
         window = self._tokenizer.decode(self._prefix + self._pending)
@@ -357,19 +367,12 @@ class TextStream:
         settled, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         self._settled += text
         if move_prefix and (text or not self._prefix_text):
-            self._move_prefix(settled)
+            self._next_prefix = partial(_moved_prefix, self._tokenizer, self._prefix, settled)
         self._open = self._whole = ""
         if self._pending:
+            self.get_ready()
             window = self._tokenizer.decode(self._prefix + self._pending)
             self._open = window[_common_length(self._prefix_text, window) :]
-
-    def _move_prefix(self, token_ids: list[int]) -> None:
-        text = self._tokenizer.decode(token_ids)
-        if not text:
-            # A first space, which decoders drop, or special tokens: alone they give no surroundings to what follows.
-            token_ids = (self._prefix + token_ids)[-_LONGEST_OPEN:]
-            text = self._tokenizer.decode(token_ids)
-        self._prefix, self._prefix_text = token_ids, text
 
     def _num_maybe_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
@@ -384,6 +387,16 @@ def _common_length(first: str, second: str) -> int:
     if second.startswith(first):
         return len(first)
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
+
+
+def _moved_prefix(tokenizer: Tokenizer, prefix: list[int], token_ids: list[int]) -> tuple[list[int], str]:
+    """Tokens that settled behind a prefix and are the next one; and their text."""
+    text = tokenizer.decode(token_ids)
+    if not text:
+        # A first space, which decoders drop, or special tokens: alone they give no surroundings to what follows.
+        token_ids = (prefix + token_ids)[-_LONGEST_OPEN:]
+        text = tokenizer.decode(token_ids)
+    return token_ids, text
 
 
 def _last_readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[list[int], str]:

@@ -23,7 +23,7 @@ class Ticket(Generic[T]):
     def wait(self) -> T:
         """Block until the results are there; whatever ends the waiting, such as Ctrl-C, cancels the call."""
         try:
-            self._group.future.result()
+            self._group.wait()
         except BaseException:
             self.cancel()
             raise

@@ -252,15 +252,14 @@ def test_pruning_everything_frees_everything(engine: Engine) -> None:
 
 
 def test_what_a_caller_sees_waits_for_no_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop's thread is still in the step that ended the call: what was dropped is free, and the step is counted."""
-    land, gate = StepLoop._land, threading.Event()
+    """The loop's thread has woken the caller and not come to rest: what was dropped is free, and the step is counted."""
+    rest, gate = StepLoop._wait_for_work, threading.Event()
 
-    def late(loop: StepLoop, *, keep: int) -> None:
-        land(loop, keep=keep)
-        if not loop.scheduler.has_work:
-            gate.wait()
+    def late(loop: StepLoop) -> bool:
+        gate.wait()
+        return rest(loop)
 
-    monkeypatch.setattr(StepLoop, "_land", late)
+    monkeypatch.setattr(StepLoop, "_wait_for_work", late)
     try:
         engine.root("well").generate(max_tokens=5)
         stats = engine.stats()
