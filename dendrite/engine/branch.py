@@ -223,7 +223,8 @@ class Branch:
         with self.engine.core.loop.lock:
             if self._children is None:
                 self._children = weakref.WeakValueDictionary()
-            self._children.update((id(child), child) for child in children)
+            for child in children:
+                self._children[id(child)] = child
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ Draws that need the host (`head.needs_settled`) go through the same code as on t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -49,6 +50,10 @@ class DeviceHead(Head):
             cuts = range(0, len(reads), ROWS_AT_ONCE)
             parts = [self._launch_part(reads[first : first + ROWS_AT_ONCE], hidden) for first in cuts]
             return _Flight(self._launcher, reads, parts)
+
+    def launching(self) -> AbstractContextManager[object]:
+        """See `Head.launching`; changing to the stream for each step takes as long as launching a kernel or two."""
+        return self._launcher.launching()
 
     def close(self) -> None:
         """See `Head.close`; gives the graphs' memory back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -79,6 +80,10 @@ class Head:
         """
         guides = [guide for read in reads if (guide := _guide_of(read)) is not None]
         return self._writer.begin(guides) if guides else None
+
+    def launching(self) -> AbstractContextManager[object]:
+        """Entered by the thread that steps, for as long as it lives."""
+        return nullcontext()
 
     def close(self) -> None:
         """End the thread that computes masks."""

@@ -5,13 +5,17 @@ On the CPU, where Triton's interpreter runs the same kernels for tests, a launch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+_NOTHING = nullcontext()
 
 
 class Launcher:
@@ -21,10 +25,20 @@ class Launcher:
         self.device = device
         self.is_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.is_cuda else None
+        self._entered = threading.local()
 
     def launching(self) -> AbstractContextManager[object]:
-        """While it is entered, what this thread does on the device goes to the stream."""
-        return torch.cuda.stream(self.stream)
+        """While it is entered, what this thread does on the device goes to the stream; entering it again is free."""
+        return _NOTHING if self.stream is None or hasattr(self._entered, "stream") else self._launching()
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        with torch.cuda.stream(self.stream):
+            self._entered.stream = self.stream
+            try:
+                yield
+            finally:
+                del self._entered.stream
 
     def staged(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros in pinned memory, which PyTorch keeps and hands out again when copies of it are done."""

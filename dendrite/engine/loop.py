@@ -194,11 +194,8 @@ class StepLoop:
     def _main(self) -> None:
         exact_timers()
         try:
-            while self._wait_for_work():
-                with stepping(), torch.inference_mode():
-                    while self._end is None and self.scheduler.has_work:
-                        self._beat()
-                    self._flights.clear()  # nobody waits for what is left
+            with self._head.launching():
+                self._work()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             with self.lock:
                 if isinstance(error, IntegrityError):
@@ -208,6 +205,13 @@ class StepLoop:
         with self.lock:
             for group in self.scheduler.open_groups():
                 self._abandon(group)
+
+    def _work(self) -> None:
+        while self._wait_for_work():
+            with stepping(), torch.inference_mode():
+                while self._end is None and self.scheduler.has_work:
+                    self._beat()
+                self._flights.clear()  # nobody waits for what is left
 
     def _wait_for_work(self) -> bool:
         with self._wake:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from threading import Lock
 
@@ -127,43 +127,57 @@ class Group:
     def __init__(self, requests: Sequence[Request], *, priority: float = 0.0) -> None:
         self.requests = list(requests)
         self.priority = priority
-        self.future: Future[None] = Future()
-        """For asyncio, whose callbacks it runs."""
         self.num_open = len(self.requests)
         self.queued = list(self.requests)
         """Those that do not run yet, in the order they were given."""
         for request in self.requests:
             request.group = self
             request.priority = priority
-        # A thread waits at this gate: in the future it would wait for a condition, which takes longer to wake up from.
-        self._gate = Lock()
-        self._gate.acquire()
         self._is_over = False
+        self._error: BaseException | None = None
+        self._future: Future[None] | None = None
+        self._gate = Lock()  # a thread waits here, which is a shorter way than through a future's condition
+        self._gate.acquire()
+
+    @property
+    def future(self) -> Future[None]:
+        """For asyncio: resolves with the group."""
+        if self._future is None:
+            self._future = Future()
+            if self._is_over:  # `resolve` looks at these two in the other order, so that one of both sees what it has to
+                _settle(self._future, self._error)
+        return self._future
 
     def wait(self) -> None:
         """Blocks until the call has ended; raises what ended it."""
         try:
             with self._gate:
                 pass
-            self.future.result()
+            if self._error is not None:
+                raise self._error
         finally:
-            del self  # the traceback of the error that the future has names this frame: a cycle would hold branches
+            del self  # the error's traceback names this frame, and the group has the error: a cycle would hold branches
 
     def resolve(self, error: BaseException | None = None) -> None:
-        """Wakes the caller, unless it has given up: asyncio cancels the future from its own thread, at any moment."""
-        with suppress(InvalidStateError):
-            if error is None:
-                self.future.set_result(None)
-            else:
-                self.future.set_exception(error)
-        self._open()
+        """Wakes the caller."""
+        if self._is_over:
+            return
+        self._error, self._is_over = error, True
+        if self._future is not None:
+            _settle(self._future, error)
+        self._gate.release()
 
     def cancel(self) -> None:
         """Ends the call for whoever waits for it."""
-        self.future.cancel()
-        self._open()
+        self.resolve(CancelledError())
 
-    def _open(self) -> None:
-        if not self._is_over:  # those who wait lock the gate for a moment too
-            self._is_over = True
-            self._gate.release()
+
+def _settle(future: Future[None], error: BaseException | None) -> None:
+    """Resolves a future, unless its caller has given up: asyncio cancels it from its own thread, at any moment."""
+    with suppress(InvalidStateError):
+        if isinstance(error, CancelledError):
+            future.cancel()
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(None)

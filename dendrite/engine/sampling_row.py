@@ -13,6 +13,9 @@ from dendrite.engine.config import SamplingParams
 from dendrite.engine.grammars import Guide
 
 
+_NO_TOKENS = np.empty(0, np.int64)
+
+
 class SeenTokens:
     """The distinct tokens of a row's prompt and output with their counts in the output, kept as arrays that grow."""
 
@@ -81,9 +84,9 @@ class SampleRow:
         penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
         repeats = params.repetition_penalty != 1
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else ()
-        bias = dict(params.logit_bias)
+        bias = params.logit_bias
         if guide is not None and params.ignore_eos:
-            bias |= dict.fromkeys(eos_token_ids, -math.inf)  # a grammar would take them for its end
+            bias = {**bias} | dict.fromkeys(eos_token_ids, -math.inf)  # a grammar would take them for its end
         return cls(
             params=params,
             key=key,
@@ -91,7 +94,7 @@ class SampleRow:
             num_generated=0,
             seen=SeenTokens(prompt_ids if repeats else ()) if penalised or repeats else None,
             bias=(np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)) if bias else None,
-            ends=np.array(sorted(ends), np.int64),
+            ends=np.array(sorted(ends), np.int64) if ends else _NO_TOKENS,
             guide=guide,
         )
 
