@@ -128,9 +128,15 @@ class SamplingParams(_Settings):
         Raises:
             RequestError: an unknown option or a value out of range; names both and what is allowed.
         """
-        # What is hashed cannot be changed afterwards; sequences are left out, as the types of what they hold matter too.
+        # Only what a key tells apart: that of a sequence knows nothing of the types of what it holds.
         if _SCALARS.issuperset(map(type, options.values())):
-            return _checked_scalars(**options)
+            return cls._checked_scalars(**options)
+        return cls._checked(options)
+
+    @classmethod
+    @lru_cache(maxsize=256, typed=True)
+    def _checked_scalars(cls, **options: Unpack[SamplingOptions]) -> Self:
+        """Most calls have options that one of the last had; checking them again takes longer than a fork."""
         return cls._checked(options)
 
     @field_validator("stop", mode="before")
@@ -162,13 +168,6 @@ class SamplingParams(_Settings):
 
 
 _SCALARS = frozenset((int, float, bool, str, type(None)))
-
-
-@lru_cache(maxsize=256, typed=True)
-def _checked_scalars(**options: Unpack[SamplingOptions]) -> SamplingParams:
-    """Most calls have options that one of the last had; checking them again takes longer than a fork."""
-    return SamplingParams._checked(options)
-
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 

@@ -144,7 +144,7 @@ class Group:
         """For asyncio: resolves with the group."""
         if self._future is None:
             self._future = Future()
-            if self._is_over:  # `resolve` looks at these two in the other order, so that one of both sees what it has to
+            if self._is_over:  # `resolve` sets this before it looks for a future, so that one of both settles it
                 _settle(self._future, self._error)
         return self._future
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from dendrite.engine.config import SamplingParams
 from dendrite.engine.grammars import Guide
 
-
 _NO_TOKENS = np.empty(0, np.int64)
 
 

@@ -252,7 +252,7 @@ def test_pruning_everything_frees_everything(engine: Engine) -> None:
 
 
 def test_what_a_caller_sees_waits_for_no_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop's thread has woken the caller and not come to rest: what was dropped is free, and the step is counted."""
+    """The loop's thread is not at rest when the caller wakes up: what was dropped is free, and the step is counted."""
     rest, gate = StepLoop._wait_for_work, threading.Event()
 
     def late(loop: StepLoop) -> bool:
