@@ -71,6 +71,16 @@ def test_a_whole_number_is_a_fine_temperature() -> None:
     assert SamplingParams.of(temperature=1).temperature == 1.0
 
 
+def test_options_that_are_equal_and_not_of_one_type_are_told_apart() -> None:
+    """What was checked for 1 says nothing of True."""
+    assert SamplingParams.of(max_tokens=1, stop_token_ids=(1,)).max_tokens == 1
+    with pytest.raises(RequestError, match="max_tokens=True"):
+        SamplingParams.of(max_tokens=True, stop_token_ids=(1,))
+    assert SamplingParams.of(max_tokens=1) is SamplingParams.of(max_tokens=1)
+    with pytest.raises(RequestError, match="max_tokens=True"):
+        SamplingParams.of(max_tokens=True)
+
+
 def test_a_token_may_be_forbidden() -> None:
     """Minus infinity is the one infinity with a meaning."""
     assert SamplingParams.of(logit_bias={5: float("-inf")}).logit_bias == {5: float("-inf")}

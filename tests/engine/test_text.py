@@ -249,6 +249,8 @@ class Streamed:
         self.num_pushed = 0
         self.stopped = False
         for token in generated:
+            if self.num_pushed % 2:
+                self.stream.get_ready()
             self.stopped = self.stream.push(token)
             self.num_pushed += 1
             self.pieces.append(self.stream.take())

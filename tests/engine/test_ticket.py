@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -50,3 +51,28 @@ def test_a_cancelled_ticket_rolls_back(engine: dd.Engine) -> None:
         ticket.cancel()
         assert root.text == "Say:"
         assert root.status == "idle"
+
+
+async def test_whoever_waits_for_a_call_that_has_ended_hears_at_once(engine: dd.Engine) -> None:
+    """Threads and tasks, again and again, whichever came first."""
+    with engine.root("Say:") as root:
+        ticket = engine.submit([root], max_tokens=3)
+        first = ticket.wait()
+        assert ticket.wait() == first == await ticket.result() == await ticket.result()
+        other = engine.submit([root], max_tokens=3)
+        assert await other.result() == other.wait()
+
+
+async def test_a_cancelled_call_is_cancelled_for_whoever_waits(engine: dd.Engine) -> None:
+    """A thread at the gate and a task hear of it."""
+    with engine.root("Say:") as root:
+        with engine.together():  # nothing runs meanwhile
+            ticket = engine.submit([root], max_tokens=200)
+            thread = asyncio.create_task(asyncio.to_thread(ticket.wait))
+            await asyncio.sleep(0.01)
+            ticket.cancel()
+        with pytest.raises(CancelledError):
+            await thread
+        with pytest.raises(asyncio.CancelledError):
+            await ticket.result()
+        assert root.text == "Say:"

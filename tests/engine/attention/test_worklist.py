@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from dendrite.engine.attention import worklist
 from dendrite.engine.attention.line import GATHER_COST, MAX_UNEVEN, PAIR_COST, STRIP_COST, Tiling, cut_line
 from dendrite.engine.attention.worklist import HEADER_FIELDS, WorkList, build
 from dendrite.engine.batch import Plan, Segment
@@ -233,6 +234,16 @@ def test_packed_sections() -> None:
     assert packed[1] == HEADER_FIELDS
     for at, section in zip(packed[1:7].tolist(), sections, strict=True):
         assert packed[at : at + section.size].tolist() == section.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_few_entries_are_listed_as_many_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop or by array operations: the same numbers."""
+    plan = conformance.make_case(SHAPES[name], random.Random(name), is_scattered=True).plan
+    monkeypatch.setattr(worklist, "FEW_ENTRIES", 10**9)
+    by_loop = build(plan, TILING).entries
+    monkeypatch.setattr(worklist, "FEW_ENTRIES", -1)
+    assert by_loop.tolist() == build(plan, TILING).entries.tolist()
 
 
 def test_no_rows() -> None:
