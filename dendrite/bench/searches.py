@@ -144,6 +144,7 @@ def _grow_monte_carlo(engine: Engine, case: MonteCarlo, prompts: Prompts) -> flo
 def _score(case: Score, engine: Engine) -> Iterator[Run]:
     prompts = Prompts(case, engine.spec.vocab_size)
     with engine.root(token_ids=prompts.tokens(case.prefix)) as root:
+        root.score([prompts.tokens(1)])  # computes the prefix, so that the first repetition is a step like the others
 
         def run() -> dict[str, float]:
             choices = [prompts.tokens(case.tokens) for _ in range(case.choices)]
