@@ -131,8 +131,8 @@ class FirstToken(Case):
         return self.children * (self.prefix + 1)
 
     def num_rounds(self, usual: int) -> int:
-        """Three times as often: it is over so soon."""
-        return 3 * usual
+        """Eight times as often: it is over so soon, and what wakes whom takes now more, now less."""
+        return 8 * usual
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def _command(name: str, default_model: str) -> Callable[..., None]:
         branches: Annotated[str, typer.Option(help="Numbers of branches, with commas.")] = "",
         batch: Annotated[str, typer.Option(help="Batch sizes of decode, with commas.")] = "",
         tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each branch.")] = None,
-        rounds: Annotated[int, typer.Option(min=1, help="Repetitions; first-token takes three times as many.")] = 3,
+        rounds: Annotated[int, typer.Option(min=1, help="Repetitions; first-token takes eight times as many.")] = 3,
         only: Annotated[str, typer.Option(help="Of all: these workloads, with commas.")] = "",
         skip: Annotated[str, typer.Option(help="Of all: not these workloads, with commas.")] = "",
         output: OutputFolder = None,
