@@ -275,7 +275,7 @@ class Engine:
         """
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         params = SamplingParams.of(**options)
-        (request,), group = self.core.submit_generations(self._checked([branch]), params, pieces.put)
+        (request,), group = self.core.submit_generations(self._checked([_one_branch(branch)]), params, pieces.put)
         return self._pieces(pieces, group, lambda: request.result(branch), on_end)
 
     def _pieces(
@@ -308,7 +308,7 @@ class Engine:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         params = SamplingParams.of(**options)
-        (request,), group = self.core.submit_generations(self._checked([branch]), params, hand_over)
+        (request,), group = self.core.submit_generations(self._checked([_one_branch(branch)]), params, hand_over)
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
@@ -451,6 +451,12 @@ def _close(loop: StepLoop, swap: SwapSpace, runner: Runner) -> None:
     loop.stop()
     swap.close()
     runner.close()
+
+
+def _one_branch(branch: object) -> Branch:
+    if not isinstance(branch, Branch):
+        raise RequestError(f"stream({shortened(branch)}): give one branch, as root() or fork() makes it")
+    return branch
 
 
 def _check_branches(branches: object) -> None:

@@ -51,6 +51,7 @@ Call = Callable[[dd.Engine, dd.Branch], object]
         (lambda _, branch: branch.score([3]), "choice 0 3 cannot be used"),
         (lambda engine, branch: engine.generate(branch), "takes a list of branches: put this one in one"),
         (lambda engine, _: engine.generate([None]), "give a list of branches, as root"),
+        (lambda engine, branch: next(engine.stream([branch])), "give one branch, as root"),
         (lambda engine, branch: engine.submit([branch], priority="high"), "priority='high' cannot be used"),
         (lambda engine, branch: engine.submit_score(branch, ["a"], priority=float("nan")), "priority=nan"),
         (lambda _, branch: setattr(branch, "value", "high"), "value='high' cannot be used: give a number"),
