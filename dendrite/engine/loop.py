@@ -192,8 +192,8 @@ class StepLoop:
     # --- the loop's thread -------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        exact_timers()
         try:
+            exact_timers()
             with self._head.launching():
                 self._work()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
@@ -277,7 +277,7 @@ class StepLoop:
         num_ahead = self._launch_reads(step, hidden, masks)
         with self.lock:
             self.counters.count_step(step, blocks=self.tree.pool.num_used)
-            _get_ready(step.reads)
+        _get_ready(step.reads)
         self._land(keep=num_ahead)
         with self.lock:
             self._look_ahead()
