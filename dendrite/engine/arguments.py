@@ -74,8 +74,8 @@ def checked_number(number: object, name: str) -> float:
 
 def as_number(value: object) -> float | None:
     """A number of any library as Python's own; None if it is none."""
-    if type(value) in (float, int, bool):  # to ask for the protocol takes as long as a fork
-        return float(value)  # type: ignore[arg-type]
+    if type(value) is float:  # to ask for the protocol takes as long as a fork
+        return value
     if isinstance(value, type) or not isinstance(value, SupportsFloat):
         return None
     try:
