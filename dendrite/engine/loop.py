@@ -319,6 +319,8 @@ class StepLoop:
             return 0
         if needs_settled(step.reads):
             self._land(keep=0)
+            with self.lock:
+                self._wake_callers()  # now, since these draws wait for the device
         flight = self._head.launch(step.reads, hidden, masks)
         for read in step.reads:
             read.request.num_in_flight += 1
