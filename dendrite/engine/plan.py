@@ -8,6 +8,8 @@ keys are one range:
     segment [0, 3)  ← rows of a, b, run
     segment [3, 6)  ← rows of    b, run
     segment [6, 9)  ← rows of       run          then the run's own keys, causally
+
+Most steps of a search decode the branches of the step before, so that `Planner` lengthens its plan by a key a row.
 """
 
 from __future__ import annotations
@@ -61,6 +63,78 @@ class _Visit:
         self.above: _Open | None = None  # the parent's segment that exactly this node's rows read
         self.num_rows = 0
         self.row_start = 0
+
+
+class Planner:
+    """Makes the plans of one step after the other."""
+
+    def __init__(self, tree: KVTree) -> None:
+        self._tree = tree
+        self._last: _Last | None = None  # None where it cannot be lengthened
+
+    def plan(self, runs: Sequence[Run]) -> tuple[list[Run], Plan]:
+        """What `plan_runs` gives.
+
+        Whoever computed a token in the last step and goes on in this one copies no block: it has one of its own.
+        """
+        if self._last is not None and self._last.goes_on_in(runs):
+            self._last.lengthen(self._tree, runs)
+            return [runs[index] for index in self._last.order], self._last.plan
+        ordered, plan = plan_runs(self._tree, runs)
+        self._last = _lengthenable(self._tree, runs, ordered, plan)
+        return ordered, plan
+
+
+@dataclass(slots=True)
+class _Last:
+    """A step in which every row is the newest token of a path of its own."""
+
+    runs: Sequence[Run]
+    epochs: list[int]
+    """Of the runs' nodes."""
+    order: list[int]
+    """Places of the runs, in the order of their rows."""
+    plan: Plan
+    own: list[int]
+    """Of each row the segment that only it reads and that ends with its own key."""
+
+    def goes_on_in(self, runs: Sequence[Run]) -> bool:
+        """Whether `runs` are the next tokens of the same paths, and nothing else."""
+        return len(runs) == len(self.runs) and all(
+            run.node is last.node and run.start == last.end == run.end - 1 and run.is_kept and run.node.epoch == epoch
+            for run, last, epoch in zip(runs, self.runs, self.epochs, strict=True)
+        )
+
+    def lengthen(self, tree: KVTree, runs: Sequence[Run]) -> None:
+        """Make it the next step."""
+        segments = list(self.plan.segments)
+        for row, (place, index) in enumerate(zip(self.order, self.own, strict=True)):
+            spans, num_keys = segments[index].spans, segments[index].num_keys
+            slot = _slot_of(tree, runs[place])
+            first, last = spans[-1]
+            more = ((first, slot + 1),) if slot == last else ((first, last), (slot, slot + 1))
+            segments[index] = Segment(spans[:-1] + more, num_keys + 1, row, row + 1)
+        self.runs, self.plan = runs, Plan(self.plan.num_rows, tuple(segments))
+
+
+def _lengthenable(tree: KVTree, runs: Sequence[Run], ordered: list[Run], plan: Plan) -> _Last | None:
+    if plan.num_rows != len(runs) or not all(run.is_kept for run in runs):
+        return None
+    ends = {
+        segment.row_start: (index, segment.spans[-1][1])
+        for index, segment in enumerate(plan.segments)
+        if segment.row_end == segment.row_start + 1
+    }
+    found = [ends.get(row, (-1, 0)) for row in range(plan.num_rows)]
+    if any(end != _slot_of(tree, run) + 1 for run, (_, end) in zip(ordered, found, strict=True)):
+        return None
+    places = {id(run): place for place, run in enumerate(runs)}
+    epochs = [run.node.epoch for run in runs]
+    return _Last(runs, epochs, [places[id(run)] for run in ordered], plan, [index for index, _ in found])
+
+
+def _slot_of(tree: KVTree, run: Run) -> int:
+    return tree.spans(run.node, run.start, run.end)[0][0]
 
 
 def plan_runs(tree: KVTree, runs: Sequence[Run]) -> tuple[list[Run], Plan]:

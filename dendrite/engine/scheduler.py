@@ -21,6 +21,7 @@ from itertools import accumulate
 from dendrite.engine.demand import demand, footprint, prunable
 from dendrite.engine.errors import EngineError, OutOfBlocks
 from dendrite.engine.nodes import Tip
+from dendrite.engine.plan import Planner
 from dendrite.engine.pressure import Pressure
 from dendrite.engine.requests import Demand, GenerateRequest, Group, Request, ScoreRequest
 from dendrite.engine.states import next_status
@@ -42,6 +43,7 @@ class Scheduler:
     def __init__(self, tree: KVTree, swap: SwapSpace, *, prefill_chunk: int) -> None:
         self._tree = tree
         self._pressure = Pressure(tree, swap)
+        self._planner = Planner(tree)
         self._num_steps = 0
         self._prefill_chunk = prefill_chunk
         self._queue: deque[Group] = deque()
@@ -127,7 +129,7 @@ class Scheduler:
         return step
 
     def _next_step(self) -> Step:
-        builder = StepBuilder(self._tree, self._pressure, self._busy_with(()))
+        builder = StepBuilder(self._tree, self._pressure, self._planner, self._busy_with(()))
         ready = [request for request in self.running if not request.is_waiting]
         decoding = [request for request in ready if isinstance(request, GenerateRequest) and _decodes(request)]
         ends = accumulate(request.num_pending for request in decoding)

@@ -16,7 +16,7 @@ from dendrite.engine.batch import Batch
 from dendrite.engine.errors import EngineError, OutOfBlocks, StepFailed
 from dendrite.engine.ids import TRASH_BLOCK, BlockId, NodeId
 from dendrite.engine.nodes import HiddenRow, KVNode, Tip
-from dendrite.engine.plan import Run, plan_runs
+from dendrite.engine.plan import Planner, Run
 from dendrite.engine.pressure import Pressure
 from dendrite.engine.requests import Request, ScoreRequest
 from dendrite.engine.tree import KVTree
@@ -52,13 +52,14 @@ class Step:
 class StepBuilder:
     """Collects runs that can share one forward pass.
 
-    Two rules keep `plan_runs` simple and copies right. A node has one kept run, which ends where everybody who needs
+    Two rules keep plans simple and copies right. A node has one kept run, which ends where everybody who needs
     it in this step needs it. A node whose block must be copied waits a step if its parent's run in this one computes
     some of what is copied, since copies are made before the pass.
     """
 
-    def __init__(self, tree: KVTree, pressure: Pressure, busy: Sequence[Tip] = ()) -> None:
+    def __init__(self, tree: KVTree, pressure: Pressure, planner: Planner, busy: Sequence[Tip] = ()) -> None:
         self._tree = tree
+        self._planner = planner
         self._pressure = pressure
         self._busy = busy  # what may not leave the pool to make room
         self._runs: dict[NodeId, Run] = {}
@@ -106,7 +107,7 @@ class StepBuilder:
         runs = [*self._runs.values(), *self._queries.values()]
         if not runs:
             return Step(None, [], list(self._reads({})), self._failed)
-        ordered, plan = plan_runs(self._tree, runs)
+        ordered, plan = self._planner.plan(runs)
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

@@ -152,4 +152,22 @@ MUTATIONS = (
         "upto = int(place) + is_single",
         "upto = int(place)",
     ),
+    Mutation(
+        "a plan is lengthened after K/V left the pool and came back",
+        "plan",
+        " and run.node.epoch == epoch",
+        "",
+    ),
+    Mutation(
+        "a key that others read too is taken for a row's own",
+        "plan",
+        "if segment.row_end == segment.row_start + 1",
+        "if segment.row_end > segment.row_start",
+    ),
+    Mutation(
+        "a plan goes on in the block behind, wherever the next one is",
+        "plan",
+        "((first, slot + 1),) if slot == last else",
+        "((first, last + 1),) if True else",
+    ),
 )

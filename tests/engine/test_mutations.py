@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.engine import test_cache, test_step
+from tests.engine import test_cache, test_planner, test_step
 from tests.engine.mutations import MUTATIONS, Mutation
 from tests.engine.test_tree_model import TreeMachine
 
@@ -26,6 +26,8 @@ DIRECTED = (
     test_cache.test_a_branch_that_goes_on_evicts_what_was_cached_behind_it,
     test_step.test_a_copy_waits_for_the_tokens_it_copies,
     test_step.test_a_copy_waits_for_a_block_that_is_a_copy_itself,
+    test_planner.test_keys_that_came_back_elsewhere_are_not_taken_for_those_of_before,
+    test_planner.test_a_key_that_others_read_is_nobodys_own,
 )
 """For what random programs of this length come upon too rarely."""
 

@@ -28,7 +28,7 @@ from dendrite.engine.batch import Plan, Segment
 from dendrite.engine.blocks import BlockPool
 from dendrite.engine.demand import demand
 from dendrite.engine.nodes import KVNode, Tip
-from dendrite.engine.plan import Run
+from dendrite.engine.plan import Planner, Run, plan_runs
 from dendrite.engine.pressure import Pressure
 from dendrite.engine.record import BranchRecord
 from dendrite.engine.requests import GenerateRequest, Request, ScoreRequest
@@ -48,6 +48,15 @@ def path_of(tip: Tip) -> list[KVNode]:
     return path
 
 
+class CheckedPlanner(Planner):
+    """A plan that was lengthened is the one that would have been made."""
+
+    def plan(self, runs: Sequence[Run]) -> tuple[list[Run], Plan]:
+        found = super().plan(runs)
+        assert found == plan_runs(self._tree, runs)
+        return found
+
+
 class TreeMachine(RuleBasedStateMachine):
     """Forks, appends, roll-backs, prunes and steps; after each, tokens and counts must agree with the model."""
 
@@ -60,6 +69,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.swap = SwapSpace(ListMover(self.memory, block_size), bytes_per_token=1, host_bytes=30, disk_bytes=40)
         self.tree = KVTree(BlockPool(num_blocks, block_size), drop_stored=self.swap.drop)
         self.pressure = Pressure(self.tree, self.swap)
+        self.planner = CheckedPlanner(self.tree)
 
     @rule(target=branches, tokens=st.lists(TOKENS, min_size=1, max_size=20))
     def root(self, tokens: list[int]) -> Tip:
@@ -147,6 +157,17 @@ class TreeMachine(RuleBasedStateMachine):
         some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=8, unique_by=id))
         self.run_step([GenerateRequest(tip, 1) for tip in some], budget)
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), tokens=st.lists(TOKENS, min_size=2, max_size=9))
+    def decode(self, data: st.DataObject, tokens: list[int]) -> None:
+        """The same branches step after step, a token each."""
+        some = data.draw(st.lists(st.sampled_from(list(self.model)), min_size=1, max_size=6, unique_by=id))
+        for token in tokens:
+            for tip in some:
+                self.tree.extend(tip, [token])
+                self.model[tip].append(token)
+            self.run_step([GenerateRequest(tip, 1) for tip in some], budget=12)
+
     @rule(tip=branches, data=st.data(), budget=st.integers(1, 12))
     def score(self, tip: Tip, data: st.DataObject, budget: int) -> None:
         """Temporary siblings, computed in as many steps as it takes; whatever was read, nothing of them stays."""
@@ -168,7 +189,7 @@ class TreeMachine(RuleBasedStateMachine):
         """Builds one step of the requests, runs it on the list of tokens, and checks what its rows read."""
         available = self.tree.pool.num_available
         needed = demand(self.tree.pool, [entry for request in requests for entry in request.demand()])
-        builder = StepBuilder(self.tree, self.pressure)
+        builder = StepBuilder(self.tree, self.pressure, self.planner)
         for request in requests:
             builder.add_request(request, budget=budget)
         step = builder.build()
