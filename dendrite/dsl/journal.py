@@ -27,7 +27,7 @@ from dendrite.dsl.operations import Loop, Merge, Observe, Score
 from dendrite.dsl.seals import sealed, unsealed
 from dendrite.dsl.strategies.base import Ask, Expanded, Told
 from dendrite.engine.errors import ProgramError, SnapshotDamaged, SnapshotError
-from dendrite.engine.files import is_taken
+from dendrite.engine.files import claim
 
 Line = dict[str, Any]
 VERSION = 2
@@ -138,7 +138,7 @@ def read(path: Path) -> Read:
 
 
 def _read(path: Path, file: IO[bytes]) -> Read:
-    if is_taken(file):
+    if not claim(file):
         raise SnapshotError(
             f"the journal {path} is in use: a search in this process or another writes to it: wait for it, or end it"
         )
@@ -177,10 +177,15 @@ def create(path: Path, header: Mapping[str, Any], codec: Codec) -> Journal:
     """A new journal.
 
     Raises:
-        ProgramError: there is something at the path already.
+        ProgramError: there is something at the path already, or nothing can be written there.
     """
-    file = path.open("ab")
-    if is_taken(file) or file.tell():
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise ProgramError(
+            f"journal={str(path)!r} cannot be written ({error}): give a file in a folder that is there"
+        ) from error
+    if not claim(file) or file.tell():
         file.close()
         raise ProgramError(f"journal={str(path)!r} exists: go on from it with program.resume, or give another path")
     journal = Journal(file, codec)

@@ -27,7 +27,7 @@ from dendrite.engine.ids import TRASH_BLOCK, BlockId
 from dendrite.engine.kv_mover import PoolMover
 from dendrite.engine.kv_pool import KVPool
 from dendrite.engine.launching import Launcher, Staging
-from dendrite.engine.passes.fused import choose_products
+from dendrite.engine.passes.choosing import choose_products
 from dendrite.engine.passes.tuning import seconds_on_device
 from dendrite.engine.runner import MAX_DRAWN, TorchRunner, known_tokens
 from dendrite.engine.spec import ModelSpec

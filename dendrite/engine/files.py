@@ -94,28 +94,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_taken(file: IO[bytes]) -> bool:
-    """Whether somebody else, in this process or another, has locked the file; if not, it is locked by us from here on.
+def claim(file: IO[bytes]) -> bool:
+    """Lock the file for as long as it is open; False if somebody else, here or in another process, has locked it.
 
     Where there are no locks, nobody has.
     """
-    if not _CAN_LOCK:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return _lock(file) is not False
 
 
 def _take(file: IO[bytes]) -> bool:
     """Whether the file is now locked by us; the system gives the lock back when the last copy of `file` is closed."""
+    return _lock(file) is True
+
+
+def _lock(file: IO[bytes]) -> bool | None:
+    """Whether we have the lock now, and not somebody else; None where there are no locks."""
     if not _CAN_LOCK:
-        return False
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without them
+        return None
     return True

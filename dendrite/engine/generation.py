@@ -11,7 +11,8 @@ from dendrite.engine.errors import ConstraintError
 from dendrite.engine.grammars import Guide
 from dendrite.engine.requests import GenerateRequest
 from dendrite.engine.sampling_row import Sampled, SampleRow
-from dendrite.engine.text import CONTEXT_TOKENS, TextStream, Tokenizer
+from dendrite.engine.text import Tokenizer
+from dendrite.engine.text_stream import CONTEXT_TOKENS, TextStream
 from dendrite.engine.tree import KVTree
 
 if TYPE_CHECKING:

@@ -187,7 +187,7 @@ def test_a_search_by_hand_is_saved_and_gone_on_from(engine: dd.Engine, tmp_path:
         assert result.best.depth == 3
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such locks")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock, so nobody is refused there")
 def test_a_journal_has_one_writer(engine: dd.Engine, tmp_path: Path) -> None:
     """While a search writes to it, nobody goes on from it or begins it anew, and nothing of it is lost."""
     path, strategy = tmp_path / "search.jsonl", dd.MCTS(8)
@@ -213,6 +213,16 @@ def test_a_journal_is_not_written_over(engine: dd.Engine, tmp_path: Path) -> Non
     with pytest.raises(dd.ProgramError, match=r"program\.resume"):
         program(dd.Beam(depth=1)).run(engine, "Go.", state=Sum(), journal=path)
     assert path.read_text() == "something"
+
+
+@pytest.mark.parametrize("place", [".", "missing/run.jsonl"])
+def test_a_journal_that_cannot_be_written_is_refused(engine: dd.Engine, tmp_path: Path, place: str) -> None:
+    """A folder, or a file in one that is not there; nothing is run."""
+    with pytest.raises(dd.ProgramError, match="cannot be written"):
+        program(dd.Beam(depth=1)).run(engine, "Go.", state=Sum(), journal=tmp_path / place)
+    search = program(dd.Beam(depth=1)).start(engine, "Go.", state=Sum())
+    with search, pytest.raises(dd.ProgramError, match="cannot be written"):
+        search.save(tmp_path / place)
 
 
 @dd.score

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dendrite.engine.errors import ModelError, RequestError
 from dendrite.engine.messages import Message
-from dendrite.engine.text import HFTokenizer, TextStream
+from dendrite.engine.text import HFTokenizer
+from dendrite.engine.text_stream import TextStream
 
 CORPUS = ["The quick brown fox jumps over the lazy dog, and the dog sleeps.", "User: what is it?\nAssistant: END"] * 20
 SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>"]

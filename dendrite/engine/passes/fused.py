@@ -4,15 +4,15 @@ Attention aside, a layer is:
 
     add + norm   qkv   head norms + rope + K/V append   (attention)   out   add + norm   gate|up   silu * mul   down
 
-With one row the norm, the activation and the residual add are parts of the products' kernels, with a few the activation
-is (`stream`). Else what a layer adds to the residual stream is added by the norm that follows, the next layer's or the
-final one. So what goes from layer to layer is no tensor but a `Stream`; the decoder's own forward only hands it on.
+With one row the norm, the activation and the residual add may be parts of the products' kernels, with a few the
+activation is (`stream`); `choosing` says which. Else what a layer adds to the residual stream is added by the norm that
+follows, the next layer's or the final one. So what goes from layer to layer is no tensor but a `Stream`; the decoder's
+own forward only hands it on.
 `families` says which models these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,20 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
-from dendrite.engine.attention.base import AttentionBackend, AttentionStep
-from dendrite.engine.batch import Plan, Segment
-from dendrite.engine.kernels.nvrtc import can_compile
+from dendrite.engine.attention.base import AttentionStep
 from dendrite.engine.kernels.rotary import rotate_and_keep
-from dendrite.engine.passes.cutting import cut_products
 from dendrite.engine.passes.families import is_recognised, take_layers
 from dendrite.engine.passes.stream import Norm, Projection, Stream
-from dendrite.engine.passes.tuning import tune
 from dendrite.engine.structure import context_length
 
 TABLE_ROWS = 4096
 """Positions whose cosines are computed at a time when the table is made."""
-MEASURED_KEYS = 4096
-"""What a row attends to while products are measured, if the pool has as much."""
 
 
 def make_fused(model: PreTrainedModel) -> None:
@@ -42,51 +36,9 @@ def make_fused(model: PreTrainedModel) -> None:
     decoder = model.get_decoder()
     if not is_recognised(decoder):
         return
-    decoder.rotary_emb = _RotaryTable(decoder.rotary_emb, context_length(decoder.config), model.dtype)
+    decoder.rotary_emb = RotaryTable(decoder.rotary_emb, context_length(decoder.config), model.dtype)
     decoder.norm = _FinalNorm(decoder.norm)
     decoder.layers = nn.ModuleList([FusedLayer(layer) for layer in take_layers(decoder)])
-
-
-def choose_products(
-    decoder: nn.Module, backend: AttentionBackend, measure: Callable[[Callable[[], object]], float]
-) -> None:
-    """Choose, by measuring, what the products of a decoder's layers go through; layers that are not fused stay.
-
-    Args:
-        decoder: what was fused.
-        backend: its attention; the pool holds nobody's K/V yet, and is all zeros afterwards.
-        measure: gives the seconds that a function, which has run once already, takes on the current device.
-    """
-    layers = [layer for layer in decoder.modules() if isinstance(layer, FusedLayer)]
-    if not layers:
-        return
-    pool = backend.pool
-    used = pool.data[:, :, :, : pool.block_size + MEASURED_KEYS]  # the first block is trash
-    used.normal_()
-    if can_compile(used.device):
-        cut_products([layer.projections for layer in layers], measure)
-    num_keys = used.shape[3] - pool.block_size
-    tune(layers, _lone_row(decoder, backend, first=pool.block_size, num_keys=num_keys), measure)
-    used.zero_()
-
-
-def _lone_row(
-    decoder: nn.Module, backend: AttentionBackend, *, first: int, num_keys: int
-) -> Callable[[Sequence[FusedLayer]], Tensor]:
-    """What takes one row through some layers, reading `num_keys` slots from `first` on and keeping nothing."""
-    backend.prepare(Plan(1, (Segment(((first, first + num_keys),), num_keys, 0, 1),)))
-    like = backend.pool.data
-    given = torch.randn((1, backend.spec.hidden_size), device=like.device).to(like.dtype)
-    in_trash = torch.zeros(1, dtype=torch.int64, device=like.device)
-    rotation = cast("_RotaryTable", decoder.rotary_emb)(given, in_trash[None])
-
-    def run(layers: Sequence[FusedLayer]) -> Tensor:
-        stream, step = Stream(given.clone(), None), AttentionStep(backend, in_trash)
-        for layer in layers:
-            stream = layer(stream, position_embeddings=rotation, dendrite_step=step)
-        return stream.total()
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -100,7 +52,7 @@ class _Rotation:
     """[num_rows]"""
 
 
-class _RotaryTable(nn.Module):
+class RotaryTable(nn.Module):
     """The model's own rotary embedding, computed once for every position: in a step it costs no kernel."""
 
     def __init__(self, rotary: llama.LlamaRotaryEmbedding, num_positions: int, dtype: torch.dtype) -> None:

@@ -144,7 +144,8 @@ WIDE_ENOUGH: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("family", WIDE_ENOUGH)
 def test_products_are_chosen_with_the_attention_between_them(family: str, device: torch.device) -> None:
     """All layers run over keys in the pool, which is empty again afterwards; what is not fused is left alone."""
-    from dendrite.engine.passes.fused import FusedLayer, choose_products, make_fused
+    from dendrite.engine.passes.choosing import choose_products
+    from dendrite.engine.passes.fused import FusedLayer, make_fused
 
     register_attention()
     model = tiny_model(
